@@ -1,0 +1,26 @@
+"""What is right: every algorithm of trysquare as pure NumPy functions in float64, one page each, to be read.
+
+An algorithm's page has `Hyperparameters`, `init` and `step`; its ingredients have pages of their own.
+"""
+
+from trysquare_reference import (
+    clipping,
+    decay,
+    dolphinflow,
+    loss_schedule,
+    moments,
+    polar,
+    projection,
+)
+from trysquare_reference._array import Array
+
+__all__ = [
+    "Array",
+    "clipping",
+    "decay",
+    "dolphinflow",
+    "loss_schedule",
+    "moments",
+    "polar",
+    "projection",
+]
