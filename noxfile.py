@@ -1,0 +1,182 @@
+"""Every chore of the house, each one command: ``python -m nox -s verify`` (demo, tests, lint, types, docs, …).
+
+The everyday sessions share one environment, ``.nox/house``, because torch is large: it is installed there once.
+Sessions that must know exactly what is installed (``torch``, ``package``) make environments of their own. Everywhere
+torch comes first, pinned, by plain pip, so that the build of that version which the machine's pip prefers is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["lint", "types", "tests"]
+
+ROOT = Path(__file__).parent
+PROJECT = nox.project.load_toml("pyproject.toml")
+SUPPORTED = PROJECT["tool"]["trysquare"]["torch"]
+TORCH = os.environ.get("TRYSQUARE_TORCH", SUPPORTED["default"])
+SOURCES = ("reference", "fast", "conformance")
+ORIGINAL = "dolphinflow==0.2.0"  # the oracle; it has the alias module's import name, hence a folder of its own
+REPORTS = Path("reports")
+SCRIPTS = "Scripts" if os.name == "nt" else "bin"
+
+PUBLIC_NAMES = """
+import importlib, sys
+for name in sys.argv[1:]:
+    module = importlib.import_module(name)
+    print(name, *[f"{public}={getattr(module, public)!r:.40}" for public in module.__all__], sep="\\n    ")
+"""
+
+
+class House:
+    """The shared environment: asked for with extras and dependency groups, extended only by what it still lacks."""
+
+    def __init__(self, session: nox.Session, *extras: str, groups: tuple[str, ...] = ()) -> None:
+        self.session = session
+        self.home = ROOT / ".nox" / "house"
+        target = f".[{','.join(extras)}]" if extras else "."
+        requirements = ["-e", target, *nox.project.dependency_groups(PROJECT, *groups)]
+        stamp = self.home / f"{self.fingerprint(requirements)}.installed"
+        if not stamp.exists():
+            self.install(requirements)
+            stamp.touch()
+
+    @staticmethod
+    def fingerprint(requirements: list[str]) -> str:
+        """What was asked for, of which project file, on which torch and Python: the same answer needs no pip."""
+        text = "\n".join([TORCH, sys.version, (ROOT / "pyproject.toml").read_text(encoding="utf-8"), *requirements])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def install(self, requirements: list[str]) -> None:
+        """Torch first and pinned: a bare torch among the requirements would fetch whatever is newest."""
+        if not self.home.exists():
+            self.session.run(sys.executable, "-m", "venv", str(self.home))
+        self.run("python", "-m", "pip", "install", "--quiet", f"torch=={TORCH}")
+        self.run("python", "-m", "pip", "install", "--quiet", *requirements)
+
+    def run(self, program: str, *arguments: str, **environment: str) -> None:
+        """Run one of the environment's programs in the repository."""
+        scripts = self.home / SCRIPTS
+        path = os.pathsep.join([str(scripts), os.environ.get("PATH", "")])
+        self.session.run(str(scripts / program), *arguments, env={"PATH": path, **environment})
+
+
+def install_pinned(session: nox.Session, torch: str, *requirements: str) -> None:
+    """Into a session's own environment: torch first and pinned, then the rest."""
+    session.install("--quiet", f"torch=={torch}")
+    session.install("--quiet", *requirements)
+
+
+def original(session: nox.Session) -> str:
+    """A folder with the published ``dolphinflow`` 0.2.0, for the tests that compare against it."""
+    folder = ROOT / ".nox" / "oracles"
+    if not (folder / "dolphinflow").exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), ORIGINAL]
+        session.run(*pip, external=True)
+    return str(folder)
+
+
+@nox.session(venv_backend="none")
+def verify(session: nox.Session) -> None:
+    """Is it right on this machine? One sentence, and a report to look at."""
+    REPORTS.mkdir(exist_ok=True)
+    arguments = session.posargs or ["--tier", "quick", "--html", str(REPORTS / "quick.html")]
+    House(session, "verify").run("trysquare", "verify", *arguments)
+
+
+@nox.session(venv_backend="none")
+def demo(session: nox.Session) -> None:
+    """Train the modular-addition task with AdamW and DolphinFlow; print the table, draw the picture."""
+    House(session, "verify").run("trysquare", "demo", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def lint(session: nox.Session) -> None:
+    """Ruff's rules and the import contracts."""
+    house = House(session, "verify", groups=("lint",))
+    house.run("ruff", "check", ".")
+    house.run("lint-imports", "--no-logo")
+
+
+@nox.session(venv_backend="none")
+def types(session: nox.Session) -> None:
+    """Mypy, strict, over the three packages."""
+    House(session, "verify", groups=("types",)).run("mypy")
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """The standard tier of the conformance suite, written to reports/, then the pytest suite."""
+    house = House(session, "verify", groups=("test",))
+    if not session.posargs:
+        REPORTS.mkdir(exist_ok=True)
+        files = {"--json": "json", "--html": "html", "--markdown": "md", "--junit": "xml"}
+        written = [text for flag, suffix in files.items() for text in (flag, str(REPORTS / f"conformance.{suffix}"))]
+        house.run("trysquare", "verify", "--tier", "standard", *written)
+    house.run("pytest", *session.posargs, TRYSQUARE_ORACLES=original(session))
+
+
+@nox.session
+@nox.parametrize("version", [SUPPORTED["oldest"], SUPPORTED["default"]])
+def torch(session: nox.Session, version: str) -> None:
+    """The pytest suite on a real install of the oldest supported and of the default torch."""
+    install_pinned(session, version, "-e", ".[verify]", *nox.project.dependency_groups(PROJECT, "test"))
+    session.run("python", "-m", "pytest", *session.posargs, env={"TRYSQUARE_ORACLES": original(session)})
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build wheel and sdist, and use the wheel as a stranger would: without the extra, then with it."""
+    session.install("--quiet", *nox.project.dependency_groups(PROJECT, "package"))
+    place = Path(session.create_tmp()).resolve()
+    session.run("python", "-m", "build", "--outdir", str(place / "dist"))
+    built = sorted((place / "dist").glob(f"trysquare-{PROJECT['project']['version']}*"))
+    session.run("python", "-m", "twine", "check", "--strict", *map(str, built))
+    wheel = next(str(path) for path in built if path.suffix == ".whl")
+    python, command = (str(place / "empty" / SCRIPTS / name) for name in ("python", "trysquare"))
+    session.run("python", "-m", "venv", "--clear", str(place / "empty"))
+    session.chdir(place)
+    session.run(python, "-m", "pip", "install", "--quiet", f"torch=={TORCH}", external=True)
+    session.run(python, "-m", "pip", "install", "--quiet", wheel, external=True)
+    session.run(python, "-c", PUBLIC_NAMES, "trysquare", "dolphinflow", external=True)
+    refuse_without_extra(session, command)
+    session.run(python, "-m", "pip", "install", "--quiet", f"{wheel}[verify]", external=True)
+    session.run(python, "-c", PUBLIC_NAMES, "trysquare_reference", external=True)
+    session.run(command, "verify", "--tier", "quick", external=True)
+
+
+def refuse_without_extra(session: nox.Session, command: str) -> None:
+    """Without the extra the command line must fail, and say which extra it needs."""
+    said = session.run(command, "verify", success_codes=range(1, 256), silent=True, external=True)
+    if "trysquare[verify]" not in str(said) or "Traceback" in str(said):
+        session.error(f"without the extra, `trysquare verify` should name trysquare[verify]; it said:\n{said}")
+
+
+@nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """The speed tables: everything side by side in one run, medians. Slow, and never part of the tests."""
+    house = House(session, "verify", groups=("test",))
+    house.run("python", "-m", "benchmarks", *session.posargs, TRYSQUARE_ORACLES=original(session))
+
+
+@nox.session(venv_backend="none")
+def docs(session: nox.Session) -> None:
+    """Build the documentation strictly into site/; an undocumented public name or a dead link fails it."""
+    House(session, "verify", "docs").run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """The CUDA lanes, on the torch of the environment that runs nox: a CUDA build is that machine's own business."""
+    roots = os.pathsep.join(str(ROOT / source) for source in SOURCES)
+    REPORTS.mkdir(exist_ok=True)
+    lanes = ["--lane", "eager-cuda", "--lane", "compiled-cuda"]
+    arguments = session.posargs or [*lanes, "--tier", "standard", "--json", str(REPORTS / "gpu.json")]
+    session.run(sys.executable, "-m", "trysquare_conformance", "verify", *arguments, env={"PYTHONPATH": roots})
