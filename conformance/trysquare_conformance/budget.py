@@ -1,0 +1,333 @@
+"""Error budgets that the reference sets itself. The only file that knows a tolerance.
+
+A reference page runs D times in the noisy arithmetic of the lane (`noise`) and once in float64. How far the draws
+stray from the float64 result is what honest code of that precision may stray on this very input.
+
+**Entry by entry.** σᵢ² is the mean square of the D errors of entry i. If honest errors are about Gaussian with at most
+the draws' variance, then error/σᵢ follows Student's distribution with D degrees of freedom, and an entry is allowed
+
+    floorᵢ + multiple(D)·σᵢ
+
+where `multiple(D)` is that distribution's two-sided quantile at `FALSE_ALARM`: 8.5 for 32 draws, and larger for fewer,
+whose σᵢ may be small by chance. Real rounding errors have about 0.7 of the model's root mean square (the model takes
+the worst place in each binade), which is the headroom.
+
+**As a whole.** The 2-norms of the D error tensors have a mean and a standard deviation. A tensor is allowed
+
+    ‖floor‖₂ + SLACK·(mean + multiple(D)·deviation)
+
+With many independent errors the deviation is small and the norm is allowed little more than SLACK spreads, far less
+than its entries; with one entry, or one direction that carries all the error, it says what the entry's rule says.
+SLACK covers what the model does not know of an implementation: how it orders operations, how it sums.
+
+**Floor.** Half a unit in the last place of what is stored, from the format itself: one rounding, also where nothing
+else has an error.
+
+**Discontinuities are sets.** Where the draws of an entry fall into two groups further apart than `multiple(D)` times
+the scatter within the groups, an answer near either group is right and one between them is not.
+
+**Range.** An entry that is infinite or NaN in the reference and in all draws must be so in the lane (infinite or NaN:
+which of the two depends on the order of operations). An entry where they differ is undetermined and not judged.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from trysquare_conformance.noise import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Arithmetic, wrapper
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
+Wrap: TypeAlias = Callable[[Array], Array]
+
+DRAWS = 32
+FALSE_ALARM = 1e-9
+SLACK = 1.5
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The format in which a result is kept, and beside what.
+
+    Attributes:
+        unit_roundoff: 2⁻ᵖ for a significand of p bits.
+        smallest: The smallest subnormal.
+        largest: Results beyond it are stored as infinite.
+        offset: What is stored is `offset` + result. An update is seen as the difference of two stored parameters: its
+            offset is the old parameter, whose size decides how it is rounded.
+    """
+
+    unit_roundoff: float
+    smallest: float
+    largest: float
+    offset: Array | float = 0.0
+
+    def beside(self, offset: Array) -> "Stored":
+        """The same format for a result that is stored added to `offset`."""
+        return replace(self, offset=offset)
+
+    def store(self, result: Array) -> Array:
+        """The result, infinite where the format cannot hold what is stored."""
+        beyond = np.abs(self.offset + result) > self.largest * (1 + self.unit_roundoff)
+        return np.where(beyond, np.copysign(np.inf, result), result)
+
+    def half_ulp(self, magnitude: Array) -> Array:
+        """The largest error of rounding a finite number of this magnitude."""
+        binade = np.ldexp(1.0, np.frexp(magnitude)[1] - 1)
+        return np.asarray(np.maximum(self.unit_roundoff * binade, self.smallest / 2))
+
+
+STORED = {
+    arithmetic.name: Stored(unit, arithmetic.smallest, arithmetic.largest)
+    for arithmetic, unit in ((FLOAT64, 2.0**-53), (FLOAT32, 2.0**-24), (BFLOAT16, 2.0**-8), (FLOAT16, 2.0**-11))
+}
+"""By the name of the dtype."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an output may be.
+
+    Attributes:
+        reference: The float64 result.
+        low, high: The accepted answers of every entry: both the reference, or the two sides of a discontinuity.
+        element: Allowed distance of each entry from the nearer one.
+        norm: Allowed 2-norm of these distances over the entries that are judged.
+        undetermined: Entries that are not judged.
+        non_finite: Entries that must be infinite or NaN.
+        spread: σ of each entry.
+        floor: One rounding of each entry.
+        norm_spread: Mean plus multiple deviations of the draws' norms.
+        multiple: Of the spread, in `element`.
+        draws: How many there were.
+    """
+
+    reference: Array
+    low: Array
+    high: Array
+    element: Array
+    norm: float
+    undetermined: Mask
+    non_finite: Mask
+    spread: Array
+    floor: Array
+    norm_spread: float
+    multiple: float
+    draws: int
+
+    def at(self, index: tuple[int, ...]) -> dict[str, float]:
+        """The arithmetic of one entry's budget: allowed = floor + multiple·spread."""
+        return {
+            "draws": self.draws,
+            "spread": float(self.spread[index]),
+            "multiple": self.multiple,
+            "floor": float(self.floor[index]),
+            "allowed": float(self.element[index]),
+        }
+
+
+@dataclass(frozen=True)
+class Margin:
+    """Observed over allowed: right up to 1.
+
+    Attributes:
+        norm: Of the whole tensor.
+        element: Of the worst entry; infinite where an entry is NaN or infinite and must not be, or the reverse.
+        worst_index: Where that is; empty for 0-dimensional and for empty outputs.
+        worst_observed, worst_reference: The two values there; NaN for empty outputs.
+        undetermined: How many entries were not judged.
+    """
+
+    norm: float
+    element: float
+    worst_index: tuple[int, ...]
+    worst_observed: float
+    worst_reference: float
+    undetermined: int
+
+    @property
+    def worst(self) -> float:
+        """The headline: the larger of the two margins."""
+        return max(self.norm, self.element)
+
+    @property
+    def right(self) -> bool:
+        """Within both budgets."""
+        return self.worst <= 1
+
+
+def measure(
+    run: Callable[[Wrap], Mapping[str, Array]],
+    arithmetic: Arithmetic,
+    stored: Mapping[str, Stored],
+    *,
+    seed: int,
+    draws: int = DRAWS,
+) -> dict[str, Budget]:
+    """Run a reference in float64 and `draws` times in noisy arithmetic, and make a budget for each of its outputs.
+
+    Args:
+        run: Computes the outputs from inputs that it passes through the given function first.
+        arithmetic: In which the lane computes.
+        stored: How the lane keeps each output.
+        seed: Of the noise: the same seed gives the same budget.
+        draws: Even, at least 2; fewer draws make wider budgets, not more false alarms.
+
+    Raises:
+        KeyError: An output has no entry in `stored`.
+    """
+    rng = np.random.default_rng(seed)
+    with np.errstate(all="ignore"):
+        reference = {name: np.asarray(x, dtype=np.float64) for name, x in run(np.asarray).items()}
+        samples = [run(wrapper(arithmetic, rng)) for _ in range(draws)]
+        return {
+            name: _budget(x, np.stack([np.asarray(sample[name]) for sample in samples]), stored[name])
+            for name, x in reference.items()
+        }
+
+
+def _budget(reference: Array, samples: Array, stored: Stored) -> Budget:
+    """The budget of one output; `samples` has the draws along its first axis."""
+    draws = len(samples)
+    samples = stored.store(samples)
+    finite, finite_draws = np.isfinite(reference), np.isfinite(samples)
+    judged = finite & finite_draws.all(axis=0)
+    reference_or_0, samples = np.where(judged, reference, 0.0), np.where(judged, samples, 0.0)
+    low, high, errors = _sides(reference_or_0, samples)
+    spread = np.sqrt(np.mean(np.square(errors), axis=0))
+    scatter = multiple(draws) * spread
+    largest = np.maximum(np.abs(stored.offset + low), np.abs(stored.offset + high))
+    floor = np.where(judged, stored.half_ulp(np.where(judged, largest, 0.0) + scatter), 0.0)
+    norms = np.sqrt(np.sum(np.square(errors), axis=tuple(range(1, errors.ndim))))
+    norm_spread = float(np.mean(norms) + multiple(draws) * np.std(norms, ddof=1))
+    return Budget(
+        reference=reference,
+        low=np.where(judged, low, reference),
+        high=np.where(judged, high, reference),
+        element=floor + scatter,
+        norm=_norm(floor) + SLACK * norm_spread,
+        undetermined=~judged & (finite | finite_draws.any(axis=0)),
+        non_finite=~finite & ~finite_draws.any(axis=0),
+        spread=spread,
+        floor=floor,
+        norm_spread=norm_spread,
+        multiple=multiple(draws),
+        draws=draws,
+    )
+
+
+def _sides(reference: Array, samples: Array) -> tuple[Array, Array, Array]:
+    """The accepted answers (low, high) of every entry, and each draw's distance from the nearer one.
+
+    The draws and the reference, in order, are cut at their widest gap. That cut is a discontinuity if at least two of
+    them lie on each side and the gap is wider than any honest error; the answers are then the means of the sides, with
+    the reference itself standing for its own.
+    """
+    together = np.sort(np.concatenate([reference[np.newaxis], samples]), axis=0)
+    gaps = np.diff(together, axis=0)
+    cut = np.argmax(gaps, axis=0)
+    gap = np.take_along_axis(gaps, cut[np.newaxis], axis=0)[0]
+    below = np.arange(len(together)).reshape(-1, *([1] * reference.ndim)) <= cut
+    count = cut + 1
+    centre_low = np.sum(np.where(below, together, 0.0), axis=0) / count
+    centre_high = np.sum(np.where(below, 0.0, together), axis=0) / (len(together) - count)
+    within = np.sqrt(np.mean(np.square(together - np.where(below, centre_low, centre_high)), axis=0))
+    both = (count >= 2) & (count <= len(together) - 2) & (gap > multiple(len(samples)) * within)
+    is_low = reference <= np.take_along_axis(together, cut[np.newaxis], axis=0)[0]
+    low = np.where(both & ~is_low, centre_low, reference)
+    high = np.where(both & is_low, centre_high, reference)
+    return low, high, _distance(samples, low, high)
+
+
+def _distance(x: Array, low: Array, high: Array) -> Array:
+    """How far each entry is from the nearer of two accepted answers."""
+    return np.minimum(np.abs(x - low), np.abs(x - high))
+
+
+def _norm(x: Array) -> float:
+    return float(np.sqrt(np.sum(np.square(x))))
+
+
+@functools.cache
+def multiple(draws: int, probability: float = FALSE_ALARM) -> float:
+    """Student's two-sided quantile for an even number of degrees of freedom, by bisection.
+
+    Examples:
+        >>> round(multiple(32), 1), round(multiple(8), 1)
+        (8.5, 32.0)
+    """
+    if draws < 2 or draws % 2:
+        raise ValueError(f"draws={draws}: must be an even number, at least 2")
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_tail(middle, draws) > probability else (low, middle)
+    return high
+
+
+def _student_tail(t: float, degrees: int) -> float:
+    """Probability of a value beyond ±t, for even degrees of freedom (Abramowitz and Stegun 26.7.4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    term, total = 1.0, 1.0
+    for k in range(1, degrees // 2):
+        term *= (2 * k - 1) / (2 * k) * math.cos(angle) ** 2
+        total += term
+    return 1 - math.sin(angle) * total
+
+
+def judge(budget: Budget, observed: Array) -> Margin:
+    """Hold an observed output against its budget.
+
+    Raises:
+        ValueError: The output has another shape than the reference's.
+    """
+    if observed.shape != budget.reference.shape:
+        raise ValueError(f"the output has shape {observed.shape}, the reference's has {budget.reference.shape}")
+    if observed.size == 0:
+        return Margin(0.0, 0.0, (), math.nan, math.nan, 0)
+    judged = ~budget.undetermined & ~budget.non_finite
+    with np.errstate(all="ignore"):
+        distance = np.where(judged, _distance(observed, budget.low, budget.high), 0.0)
+        element = np.where(judged, distance / budget.element, 0.0)
+        element = np.where(judged & ~np.isfinite(observed), np.inf, element)
+        element = np.where(budget.non_finite & np.isfinite(observed), np.inf, element)
+        norm = _norm(distance) / budget.norm if judged.any() else 0.0
+    worst = tuple(int(i) for i in np.unravel_index(np.argmax(element), element.shape))
+    return Margin(
+        norm=math.inf if math.isnan(norm) or np.isinf(element).any() else norm,
+        element=float(element[worst]),
+        worst_index=worst,
+        worst_observed=float(observed[worst]),
+        worst_reference=float(budget.reference[worst]),
+        undetermined=int(budget.undetermined.sum()),
+    )
+
+
+def rounding_error(expected: Array | float, operations: int = 64) -> Array:
+    """How far a float64 result may be from `expected` after this many operations without cancellation, for tests.
+
+    Args:
+        expected: The value, or the largest value on the way to it where terms cancel.
+        operations: In the longest chain.
+    """
+    return np.asarray(operations * STORED["float64"].unit_roundoff * np.abs(expected))
+
+
+def assert_same(actual: Any, expected: Any, *, scale: Array | float | None = None, operations: int = 64) -> None:
+    """Assert that two float64 results agree up to rounding, for tests.
+
+    Args:
+        actual: A result.
+        expected: What it should be.
+        scale: Size of the largest terms on the way, where they cancel; the size of `expected` by default.
+        operations: In the longest chain.
+    """
+    actual, expected = np.asarray(actual, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    allowed = rounding_error(expected if scale is None else scale, operations)
+    same = (np.abs(actual - expected) <= allowed) | (actual == expected) | (np.isnan(actual) & np.isnan(expected))
+    if actual.shape != expected.shape or not same.all():
+        raise AssertionError(f"not the same up to {operations} roundings\nactual:   {actual}\nexpected: {expected}")

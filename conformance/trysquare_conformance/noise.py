@@ -1,0 +1,323 @@
+"""Monte Carlo arithmetic: an array on which a reference page runs as if in float32, bfloat16 or float16.
+
+Every result of a ufunc gets a uniform relative error of one unit roundoff of the simulated format (Parker 1997;
+Verificarlo). A few such runs scatter around the float64 result as far as honest arithmetic of that precision strays
+from it, on this very input, ill-conditioned or not. `budget` makes error budgets of that scatter.
+
+What is modelled:
+
+- **Elementwise results**: relative error up to u. Library functions (exp, log, …) promise one ulp, so up to 2u.
+- **Sums and products** over K terms: up to u_acc·(√min(K, 512)·√Σ(aₖbₖ)² + |result|), since rounding errors of partial
+  sums add up like a random walk, and no code sums more than a few hundred terms in one chain.
+- **Mixed precision**: operands of `@` are rounded to `product_input` first, its results to `product_output`.
+- **Range**: a result beyond the largest number is infinite; every result carries an absolute error of half the smallest
+  subnormal, which is all that is left of a number below it.
+- **Constants**: a Python number that the format cannot hold enters rounded, everywhere in the same way.
+- **Exact operations** stay exact: multiplication by a power of two, adding zero, negation, maximum, comparison, copies.
+- **Rounding is a function of its operands**: the error is a hash of the result and of a key that each operation draws,
+  so that equal entries get equal errors, as they do in a machine. (Independent errors would average out over a
+  constant tensor, and no honest code could keep to the budget.)
+- **Wide results**: `dtype=np.float64` in a reference page means float64 in every precision, and is simulated as such.
+
+Noise must not leak. `np.dot`, `einsum`, `linalg.norm` and the like bypass `__array_ufunc__`, so everything that is not
+on a short list raises; scalars stay 0-dimensional arrays; turning one into a Python number raises too.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Plain: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+LONGEST_CHAIN = 512
+"""Terms that code adds up in one chain at most: longer sums are blocked, and their error grows no further."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The precision in which a lane computes, as unit roundoffs (2⁻ᵖ for a significand of p bits), and its range.
+
+    Attributes:
+        name: For messages.
+        elementwise: Of every elementwise result.
+        accumulate: Of the accumulator of sums and matrix products.
+        product_input: Of the operands of matrix products; 0 where they are in the format already.
+        product_output: Of the stored result of sums and products; 0 where it is the accumulator.
+        largest: Results beyond it are infinite.
+        smallest: The smallest subnormal (on hardware that flushes subnormals: the smallest normal number).
+    """
+
+    name: str
+    elementwise: float
+    accumulate: float
+    product_input: float
+    product_output: float
+    largest: float
+    smallest: float
+
+
+FLOAT64 = Arithmetic("float64", 2.0**-53, 2.0**-53, 0.0, 0.0, float(np.finfo(np.float64).max), 2.0**-1074)
+FLOAT32 = Arithmetic("float32", 2.0**-24, 2.0**-24, 0.0, 0.0, (2 - 2.0**-23) * 2.0**127, 2.0**-149)
+BFLOAT16 = Arithmetic("bfloat16", 2.0**-8, 2.0**-24, 0.0, 2.0**-8, (2 - 2.0**-7) * 2.0**127, 2.0**-133)
+FLOAT16 = Arithmetic("float16", 2.0**-11, 2.0**-24, 0.0, 2.0**-11, 65504.0, 2.0**-24)
+
+
+def mixed(elementwise: Arithmetic, products: Arithmetic) -> Arithmetic:
+    """Everything in `elementwise`, but matrix products read and written in the format of `products`.
+
+    Examples:
+        >>> mixed(FLOAT32, BFLOAT16).name
+        'float32, products in bfloat16'
+    """
+    return Arithmetic(
+        name=f"{elementwise.name}, products in {products.name}",
+        elementwise=elementwise.elementwise,
+        accumulate=max(elementwise.accumulate, products.accumulate),
+        product_input=products.elementwise,
+        product_output=products.elementwise,
+        largest=min(elementwise.largest, products.largest),
+        smallest=elementwise.smallest,
+    )
+
+
+class Source:
+    """Where the errors of one draw come from: the arithmetic, the random keys, and how each constant was rounded."""
+
+    def __init__(self, arithmetic: Arithmetic, rng: np.random.Generator) -> None:
+        self.arithmetic = arithmetic
+        self._rng = rng
+        self._constants: dict[float, float] = {}
+
+    def key(self) -> np.uint64:
+        """A fresh key for one operation."""
+        return np.uint64(self._rng.bit_generator.random_raw())
+
+    def constant(self, value: float) -> float:
+        """A Python number as the format holds it: exact if it can, else off by up to one unit roundoff."""
+        u = self.arithmetic.elementwise
+        significand = math.frexp(value)[0] / u if math.isfinite(value) else 0.0
+        if significand == math.floor(significand):
+            return value
+        if value not in self._constants:
+            self._constants[value] = value * (1 + u * self._rng.uniform(-1, 1))
+        return self._constants[value]
+
+
+def noisy(array: Plain, arithmetic: Arithmetic, rng: np.random.Generator) -> "Noisy":
+    """An array whose every descendant is perturbed; for several arrays of one run, share a `wrapper` instead."""
+    return wrapper(arithmetic, rng)(array)
+
+
+def wrapper(arithmetic: Arithmetic, rng: np.random.Generator) -> Callable[[Plain], "Noisy"]:
+    """A function that makes arrays noisy, all from one source, so that they can meet in one computation."""
+    source = Source(arithmetic, rng)
+
+    def wrap(array: Plain) -> Noisy:
+        wrapped: Noisy = _wrap(np.array(array, dtype=np.float64), source)
+        return wrapped
+
+    return wrap
+
+
+class Noisy(np.ndarray[Any, np.dtype[np.float64]]):
+    """A float64 array that computes as if in another arithmetic. `np.asarray` takes the values out."""
+
+    source: Source
+
+    def __array_finalize__(self, obj: Plain | None) -> None:
+        self.source = getattr(obj, "source", None)  # type: ignore[assignment]  # a bare view is given its source next
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        out = kwargs.pop("out", (None,))[0]
+        source = _shared_source(*inputs, out)
+        compute = _METHODS.get(method)
+        if compute is None:
+            raise TypeError(f"np.{ufunc.__name__}.{method} has no noise model: write it with ufuncs, reductions and @")
+        wide = kwargs.pop("dtype", None)
+        arithmetic = source.arithmetic if wide is None else _arithmetic_of(wide)
+        result = _wrap(compute(ufunc, arithmetic, source, inputs, _plain_options(kwargs)), source)
+        if out is None:
+            return result
+        np.copyto(np.asarray(out), np.asarray(result))
+        return out
+
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if func not in _REWRAPPED:
+            raise TypeError(f"np.{func.__name__} would lose the noise: write it with ufuncs, reductions and @")
+        return _wrap(super().__array_function__(func, types, args, kwargs), self.source)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _wrap(super().__getitem__(index), self.source)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+
+def _refuse(name: str) -> Callable[..., Any]:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise TypeError(f"{name} of a noisy array would lose the noise: stay with arrays, ufuncs, reductions and @")
+
+    return refused
+
+
+for _name in ("__float__", "__int__", "__bool__", "__index__", "item", "tolist", "dot", "cumsum", "cumprod", "trace"):
+    setattr(Noisy, _name, _refuse(_name))
+
+_REWRAPPED = {
+    *(np.where, np.stack, np.concatenate, np.broadcast_to, np.reshape, np.ravel, np.transpose, np.swapaxes),
+    *(np.moveaxis, np.expand_dims, np.squeeze, np.take, np.take_along_axis, np.flip, np.sort, np.argsort, np.copy),
+    *(np.sum, np.mean, np.max, np.min, np.amax, np.amin, np.argmax, np.argmin, np.clip, np.any, np.all),
+    *(np.zeros_like, np.ones_like, np.full_like, np.empty_like, np.shape, np.ndim, np.size),
+}
+"""Functions that move numbers, or that call a reduction or ufunc on the noisy array itself."""
+
+_EXACT = {
+    *(np.negative, np.positive, np.absolute, np.fabs, np.sign, np.copysign, np.conjugate),
+    *(np.minimum, np.maximum, np.fmin, np.fmax, np.floor, np.ceil, np.rint, np.trunc, np.ldexp, np.frexp),
+    *(np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal),
+    *(np.isfinite, np.isnan, np.isinf, np.signbit, np.logical_and, np.logical_or, np.logical_not),
+}
+_ROUNDED = {np.add, np.subtract, np.multiply, np.divide, np.square, np.sqrt, np.reciprocal}
+_LIBRARY = {np.exp, np.expm1, np.exp2, np.log, np.log1p, np.log2, np.log10, np.tanh, np.power, np.float_power, np.cbrt}
+"""Vector mathematics libraries promise one ulp, two unit roundoffs."""
+
+
+def _wrap(result: Any, source: Source) -> Any:
+    """Floats become noisy arrays, 0-dimensional ones too; booleans, integers and shapes are plain."""
+    if getattr(result, "dtype", None) != np.float64:
+        return np.asarray(result) if isinstance(result, Noisy) else result
+    wrapped = np.asarray(result).view(Noisy)
+    wrapped.source = source
+    return wrapped
+
+
+def _shared_source(*operands: Any) -> Source:
+    """The one source of all noisy operands: two draws must not meet."""
+    sources = {id(x.source): x.source for x in operands if isinstance(x, Noisy)}
+    if len(sources) != 1:
+        raise TypeError("noisy arrays of different draws meet in one operation: wrap all inputs of a run alike")
+    return next(iter(sources.values()))
+
+
+def _arithmetic_of(dtype: Any) -> Arithmetic:
+    if np.dtype(dtype) != np.float64:
+        raise TypeError(f"dtype={dtype}: a reference page computes in float64 or leaves the precision to the lane")
+    return FLOAT64
+
+
+def _plain_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What is left of the keyword arguments: axis and keepdims. NumPy's own methods spell out some defaults."""
+    if kwargs.pop("where", True) is not True or kwargs.pop("initial", None) is not None:
+        raise TypeError("where= and initial= have no noise model: use np.where")
+    return {name: value for name, value in kwargs.items() if name in {"axis", "keepdims"}}
+
+
+def _operand(x: Any, source: Source) -> Plain:
+    """The values of an operand; a Python number as the format holds it."""
+    if isinstance(x, (float, int)) and not isinstance(x, bool):
+        return np.asarray(source.constant(float(x)))
+    return np.asarray(x)
+
+
+def _call(ufunc: np.ufunc, arithmetic: Arithmetic, source: Source, inputs: Any, options: dict[str, Any]) -> Any:
+    if ufunc is np.matmul:
+        return _product(arithmetic, source, *(np.asarray(x) for x in inputs))
+    operands = inputs if arithmetic is FLOAT64 else [_operand(x, source) for x in inputs]
+    operands = [np.asarray(x) for x in operands]
+    result = ufunc(*operands, **options)
+    if ufunc in _EXACT:
+        return result
+    if ufunc not in _ROUNDED and ufunc not in _LIBRARY:
+        raise TypeError(f"np.{ufunc.__name__} has no noise model: add it to noise.py if its error is known")
+    u = arithmetic.elementwise * (2 if ufunc in _LIBRARY else 1)
+    return _perturb(result, u * np.abs(result), _is_exact(ufunc, operands), arithmetic, source.key())
+
+
+def _reduce(ufunc: np.ufunc, arithmetic: Arithmetic, source: Source, inputs: Any, options: dict[str, Any]) -> Any:
+    x = np.asarray(inputs[0])
+    result = np.asarray(ufunc.reduce(x, **options))
+    if ufunc in _EXACT:
+        return result
+    if ufunc is not np.add:
+        raise TypeError(f"np.{ufunc.__name__}.reduce has no noise model: only sums, maxima and minima have one")
+    terms = x.size // max(result.size, 1)
+    squares = np.add.reduce(x * x, **options)
+    return _accumulated(result, squares, terms, terms <= 1, arithmetic, source.key())
+
+
+def _product(arithmetic: Arithmetic, source: Source, a: Plain, b: Plain) -> Plain:
+    if arithmetic.product_input:
+        key = source.key()  # one for both sides: in X @ X.T an entry is rounded alike in either place
+        a, b = (_perturb(x, arithmetic.product_input * np.abs(x), x == 0, arithmetic, key) for x in (a, b))
+    squares = np.matmul(a * a, b * b)
+    return _accumulated(np.matmul(a, b), squares, a.shape[-1], False, arithmetic, source.key())
+
+
+def _accumulated(
+    result: Plain, squares: Plain, terms: int, exact: bool, arithmetic: Arithmetic, key: np.uint64
+) -> Plain:
+    """A sum of `terms` numbers whose squares add up to `squares`."""
+    walk = arithmetic.accumulate * math.sqrt(min(terms, LONGEST_CHAIN))
+    rounding = arithmetic.accumulate + arithmetic.product_output
+    amplitude = walk * np.sqrt(squares) + rounding * np.abs(result)
+    return _perturb(result, amplitude, np.asarray(exact), arithmetic, key)
+
+
+def _perturb(x: Plain, amplitude: Plain, exact: Plain, arithmetic: Arithmetic, key: np.uint64) -> Plain:
+    """Add an error up to `amplitude` where the operation is not exact, and keep to the range of the format."""
+    error = _hash(x, key)
+    y = amplitude * error
+    y += x
+    above = _magnitude(y)
+    error *= arithmetic.smallest / 2
+    above += error
+    np.maximum(above, 0.0, out=above)  # what underflows keeps its sign
+    above[above > arithmetic.largest] = np.inf
+    return np.where(exact | ~np.isfinite(x) | (y == 0), x, np.copysign(above, y))
+
+
+def _hash(x: Plain, key: np.uint64) -> Plain:
+    """A number in [-1, 1) for every entry, a function of its magnitude and the key (the finaliser of SplitMix64)."""
+    z = _magnitude(x).view(np.uint64)
+    z ^= key
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z ^= z >> np.uint64(shift)
+        z *= np.uint64(factor)
+    z ^= z >> np.uint64(31)
+    z >>= np.uint64(11)
+    uniform = z.astype(np.float64)
+    uniform *= 2.0**-52
+    uniform -= 1
+    return uniform
+
+
+def _magnitude(x: Plain) -> Plain:
+    """|x| as a new array, also when x is 0-dimensional (NumPy would give a scalar, which cannot change in place)."""
+    magnitude: Plain = np.abs(x, out=np.empty(np.shape(x)))
+    return magnitude
+
+
+def _is_exact(ufunc: np.ufunc, operands: list[Plain]) -> Plain:
+    """Where the operation has no rounding error whatever the format: the other operand says so."""
+    if ufunc in {np.add, np.subtract}:
+        return np.asarray((operands[0] == 0) | (operands[1] == 0))
+    if ufunc is np.multiply:
+        return _is_power_of_two(operands[0]) | _is_power_of_two(operands[1])
+    if ufunc is np.divide:
+        return _is_power_of_two(operands[1])
+    return np.asarray(False)
+
+
+def _is_power_of_two(x: Plain) -> Plain:
+    """Powers of two and zero, whose significand has no bit set."""
+    bits = np.abs(x.astype(np.float64, copy=False)).view(np.uint64)
+    return np.asarray((bits & np.uint64(0x000FFFFFFFFFFFFF)) == 0)
+
+
+_METHODS: dict[str, Callable[[np.ufunc, Arithmetic, Source, Any, dict[str, Any]], Any]] = {
+    "__call__": _call,
+    "reduce": _reduce,
+}
