@@ -11,6 +11,7 @@ from trysquare_reference import (
     moments,
     polar,
     projection,
+    stablemax,
 )
 from trysquare_reference._array import Array
 
@@ -23,4 +24,5 @@ __all__ = [
     "moments",
     "polar",
     "projection",
+    "stablemax",
 ]
