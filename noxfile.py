@@ -123,7 +123,7 @@ def tests(session: nox.Session) -> None:
     house.run("pytest", *session.posargs, TRYSQUARE_ORACLES=original(session))
 
 
-@nox.session
+@nox.session(reuse_venv=True)
 @nox.parametrize("version", [SUPPORTED["oldest"], SUPPORTED["default"]])
 def torch(session: nox.Session, version: str) -> None:
     """The pytest suite on a real install of the oldest supported and of the default torch."""
@@ -131,7 +131,7 @@ def torch(session: nox.Session, version: str) -> None:
     session.run("python", "-m", "pytest", *session.posargs, env={"TRYSQUARE_ORACLES": original(session)})
 
 
-@nox.session
+@nox.session(reuse_venv=True)
 def package(session: nox.Session) -> None:
     """Build wheel and sdist, and use the wheel as a stranger would: without the extra, then with it."""
     session.install("--quiet", *nox.project.dependency_groups(PROJECT, "package"))
