@@ -9,6 +9,16 @@ from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 
 MARKED = re.compile(r'<(?P<tag>div|span) class="arithmatex">\\[\[(](?P<latex>.*?)\\[\])]</(?P=tag)>', re.DOTALL)
+# A named function among its neighbours; not where a fraction or an index counts its children.
+NAMED = r"(?<!sub>)(?<!sup>)(?<!frac>)(?<!under>)(?<!over>)<mi>[a-z0-9]{2,}</mi>"
+# What the converter leaves to the browser, which spaces a named function as a variable and a bar as an operator.
+SPACING = (
+    (re.compile(r"<mo>([a-z0-9]{2,})</mo>"), r"<mi>\1</mi>"),
+    (re.compile(rf"({NAMED})(?!<mo|</)"), r'\1<mspace width="0.167em" />'),
+    (re.compile(rf"(?<!</mo>)(?<!<mrow>)(?={NAMED})"), '<mspace width="0.167em" />'),
+    (re.compile(r"<mo[^>]*>&#x(0007C|02016);</mo>"), r'<mo stretchy="false" lspace="0" rspace="0">&#x\1;</mo>'),
+    (re.compile(r"<mo>&#x0221E;</mo>"), "<mi>&#x0221E;</mi>"),
+)
 
 
 def on_page_content(markup: str, **_: object) -> str:
@@ -23,4 +33,6 @@ def to_mathml(latex: str, *, block: bool) -> str:
     unknown = re.findall(r"<m[io]>(\\[A-Za-z]+)</m[io]>", mathml)
     if unknown:
         raise PluginError(f"no MathML for {', '.join(unknown)} in the formula {text!r}")
+    for pattern, replacement in SPACING:
+        mathml = pattern.sub(replacement, mathml)
     return mathml
