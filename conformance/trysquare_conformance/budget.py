@@ -3,25 +3,27 @@
 A reference page runs D times in the noisy arithmetic of the lane (`noise`) and once in float64. How far the draws
 stray from the float64 result is what honest code of that precision may stray on this very input.
 
-**Entry by entry.** σᵢ² is the mean square of the D errors of entry i. If honest errors are about Gaussian with at most
-the draws' variance, then error/σᵢ follows Student's distribution with D degrees of freedom, and an entry is allowed
+**Entry by entry.** σᵢ² is the mean square of the D errors of entry i. An entry is allowed
 
-    floorᵢ + multiple(D)·σᵢ
+    floorᵢ + multiple(D)·σᵢ,      multiple(D) = HONEST · t(D; FALSE_ALARM)
 
-where `multiple(D)` is that distribution's two-sided quantile at `FALSE_ALARM`: 8.5 for 32 draws, and larger for fewer,
-whose σᵢ may be small by chance. Real rounding errors have about 0.7 of the model's root mean square (the model takes
-the worst place in each binade), which is the headroom.
+An error over its σᵢ, both from D draws, follows Student's distribution with D degrees of freedom if errors are about
+Gaussian, and t is its two-sided quantile: large for few draws, whose σᵢ may be small by chance. HONEST is the root
+mean square of real rounding over the model's: the model's relative error is uniform within ±u, a real one within
+±u·2ᵉ/|x| for |x| in [2ᵉ, 2ᵉ⁺¹), and the mean of 4ᵉ/x² over a binade, x spread logarithmically, is 3/(8·ln 2) = 0.74².
 
-**As a whole.** The 2-norms of the D error tensors have a mean and a standard deviation. A tensor is allowed
+**As a whole.** The error of each draw has a 2-norm, before and after it is rounded to the storage format. A tensor is
+allowed
 
-    ‖floor‖₂ + SLACK·(mean + multiple(D)·deviation)
+    max(‖floor‖₂, SLACK·(mean + multiple(D)·deviation))
 
-With many independent errors the deviation is small and the norm is allowed little more than SLACK spreads, far less
-than its entries; with one entry, or one direction that carries all the error, it says what the entry's rule says.
-SLACK covers what the model does not know of an implementation: how it orders operations, how it sums.
+with the mean of the norms after rounding, and the larger of the two standard deviations (rounding to a coarse format
+hides how the result itself scatters). With many independent errors the deviation is small, and the norm is allowed
+little more than one spread, far less than its entries. With one entry, or one direction that carries all the error, it
+says about what the entry's rule says. SLACK is for what an implementation rounds and the equations do not show, such as
+a correction kept as a factor.
 
-**Floor.** Half a unit in the last place of what is stored, from the format itself: one rounding, also where nothing
-else has an error.
+**Floor.** Half a unit in the last place of what is stored, from the format itself: one rounding.
 
 **Discontinuities are sets.** Where the draws of an entry fall into two groups further apart than `multiple(D)` times
 the scatter within the groups, an answer near either group is right and one between them is not.
@@ -46,7 +48,8 @@ Wrap: TypeAlias = Callable[[Array], Array]
 
 DRAWS = 32
 FALSE_ALARM = 1e-9
-SLACK = 1.5
+HONEST = math.sqrt(3 / (8 * math.log(2)))
+SLACK = 1.25
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,15 @@ class Stored:
         return np.where(beyond, np.copysign(np.inf, result), result)
 
     def half_ulp(self, magnitude: Array) -> Array:
-        """The largest error of rounding a finite number of this magnitude."""
+        """The largest error of rounding a number of this magnitude."""
         binade = np.ldexp(1.0, np.frexp(magnitude)[1] - 1)
         return np.asarray(np.maximum(self.unit_roundoff * binade, self.smallest / 2))
+
+    def round(self, result: Array) -> Array:
+        """The result as it is read back: rounded to nearest when it was stored."""
+        whole = self.offset + result
+        ulp = 2 * self.half_ulp(np.abs(whole))
+        return np.where(ulp > 0, np.rint(whole / ulp) * ulp - self.offset, result)
 
 
 STORED = {
@@ -202,14 +211,13 @@ def _budget(reference: Array, samples: Array, stored: Stored) -> Budget:
     scatter = multiple(draws) * spread
     largest = np.maximum(np.abs(stored.offset + low), np.abs(stored.offset + high))
     floor = np.where(judged, stored.half_ulp(np.where(judged, largest, 0.0) + scatter), 0.0)
-    norms = np.sqrt(np.sum(np.square(errors), axis=tuple(range(1, errors.ndim))))
-    norm_spread = float(np.mean(norms) + multiple(draws) * np.std(norms, ddof=1))
+    norm_spread = _norm_spread(errors, np.where(judged, _distance(stored.round(samples), low, high), 0.0))
     return Budget(
         reference=reference,
         low=np.where(judged, low, reference),
         high=np.where(judged, high, reference),
         element=floor + scatter,
-        norm=_norm(floor) + SLACK * norm_spread,
+        norm=max(_norm(floor), SLACK * norm_spread),
         undetermined=~judged & (finite | finite_draws.any(axis=0)),
         non_finite=~finite & ~finite_draws.any(axis=0),
         spread=spread,
@@ -248,25 +256,33 @@ def _distance(x: Array, low: Array, high: Array) -> Array:
     return np.minimum(np.abs(x - low), np.abs(x - high))
 
 
+def _norm_spread(errors: Array, rounded: Array) -> float:
+    """Mean plus multiple deviations of the norms of the draws' errors, before and after rounding to storage."""
+    axes = tuple(range(1, errors.ndim))
+    norms, rounded_norms = (np.sqrt(np.sum(np.square(x), axis=axes)) for x in (errors, rounded))
+    deviation = max(np.std(norms, ddof=1), np.std(rounded_norms, ddof=1))
+    return float(np.mean(rounded_norms) + multiple(len(errors)) * deviation)
+
+
 def _norm(x: Array) -> float:
     return float(np.sqrt(np.sum(np.square(x))))
 
 
 @functools.cache
-def multiple(draws: int, probability: float = FALSE_ALARM) -> float:
-    """Student's two-sided quantile for an even number of degrees of freedom, by bisection.
+def multiple(draws: int) -> float:
+    """Spreads that an honest entry is allowed: HONEST times Student's quantile for an even number of draws.
 
     Examples:
         >>> round(multiple(32), 1), round(multiple(8), 1)
-        (8.5, 32.0)
+        (6.3, 23.5)
     """
     if draws < 2 or draws % 2:
         raise ValueError(f"draws={draws}: must be an even number, at least 2")
     low, high = 0.0, 1e6
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if _student_tail(middle, draws) > probability else (low, middle)
-    return high
+        low, high = (middle, high) if _student_tail(middle, draws) > FALSE_ALARM else (low, middle)
+    return HONEST * high
 
 
 def _student_tail(t: float, degrees: int) -> float:
