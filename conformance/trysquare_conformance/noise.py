@@ -280,18 +280,24 @@ def _perturb(x: Plain, amplitude: Plain, exact: Plain, arithmetic: Arithmetic, k
 
 
 def _hash(x: Plain, key: np.uint64) -> Plain:
-    """A number in [-1, 1) for every entry, a function of its magnitude and the key (the finaliser of SplitMix64)."""
+    """A number in [-1, 1) for every entry, a function of its magnitude and the key: multiply, fold, multiply."""
     z = _magnitude(x).view(np.uint64)
     z ^= key
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z ^= z >> np.uint64(shift)
-        z *= np.uint64(factor)
-    z ^= z >> np.uint64(31)
-    z >>= np.uint64(11)
-    uniform = z.astype(np.float64)
-    uniform *= 2.0**-52
-    uniform -= 1
+    z *= _FIRST_FACTOR
+    z ^= z >> _HALF
+    z *= _SECOND_FACTOR
+    z >>= _EXPONENT_BITS
+    z |= _EXPONENT_OF_ONE
+    uniform = z.view(np.float64)
+    uniform *= 2
+    uniform -= 3
     return uniform
+
+
+# Of SplitMix64; the top 52 bits become the significand of a number in [1, 2).
+_FIRST_FACTOR, _SECOND_FACTOR = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_HALF, _EXPONENT_BITS, _EXPONENT_OF_ONE = np.uint64(32), np.uint64(12), np.uint64(0x3FF0000000000000)
+_SIGNIFICAND = np.uint64(0x000FFFFFFFFFFFFF)
 
 
 def _magnitude(x: Plain) -> Plain:
@@ -314,7 +320,7 @@ def _is_exact(ufunc: np.ufunc, operands: list[Plain]) -> Plain:
 def _is_power_of_two(x: Plain) -> Plain:
     """Powers of two and zero, whose significand has no bit set."""
     bits = np.abs(x.astype(np.float64, copy=False)).view(np.uint64)
-    return np.asarray((bits & np.uint64(0x000FFFFFFFFFFFFF)) == 0)
+    return np.asarray((bits & _SIGNIFICAND) == 0)
 
 
 _METHODS: dict[str, Callable[[np.ufunc, Arithmetic, Source, Any, dict[str, Any]], Any]] = {
