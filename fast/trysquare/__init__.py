@@ -1,0 +1,8 @@
+"""Orthogonalizing optimizers for PyTorch, each with a float64 reference and a suite that checks it on your machine."""
+
+from trysquare.dolphinflow import DolphinFlow
+from trysquare.stablemax import StableMaxCrossEntropyLoss, log_stablemax, stablemax, stablemax_cross_entropy
+
+__version__ = "0.1.0"
+
+__all__ = ["DolphinFlow", "StableMaxCrossEntropyLoss", "log_stablemax", "stablemax", "stablemax_cross_entropy"]

@@ -1,0 +1,104 @@
+"""Parameters of one shape are stepped together: which belong together, and how a batch is cut to a bounded workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Split = Literal["whole", "rows", "elements"]
+"""What an update needs to see at once: a whole parameter, its rows, or nothing but single elements."""
+
+SCRATCH = 5
+"""Scratch tensors of an eager update, an upper bound: clipped gradient, product, update, root, float32 parameter."""
+
+STACKED = 4
+"""Parameters are copied into one batch if at least this many fit into the workspace; larger ones are stepped in place."""
+
+WORKSPACE_BYTES = {"cpu": 4 << 20}
+"""Measured on two cores with 1 MiB of second-level cache each (benchmarks/results); other devices: not measured."""
+
+OTHER_WORKSPACE_BYTES = 256 << 20
+
+
+def default_workspace(device: torch.device) -> int:
+    return WORKSPACE_BYTES.get(device.type, OTHER_WORKSPACE_BYTES)
+
+
+class Batch(NamedTuple):
+    """The members of a bucket that have a gradient in this step; all lists are parallel."""
+
+    group: dict[str, Any]
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    state: dict[str, list[Tensor]]
+
+
+class Piece(NamedTuple):
+    """What one call of an update gets: operands of shape (B, R, C), and where the written ones go if they are copies."""
+
+    operands: list[Tensor]
+    members: slice
+    copies: list[tuple[list[Tensor], Tensor]]
+
+    def store(self) -> None:
+        """Write back what was copied in."""
+        for targets, batch in self.copies:
+            torch._foreach_copy_(targets, [b.view(t.shape) for b, t in zip(batch.unbind(), targets, strict=True)])
+
+
+def rows_and_columns(shape: torch.Size) -> tuple[int, int]:
+    """(leading index, rest); one row for fewer than two dimensions."""
+    if len(shape) < 2:
+        return 1, shape.numel()
+    return shape[0], shape.numel() // max(shape[0], 1)
+
+
+def same_kind(parameter: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    """Parameters that agree in this are stepped together."""
+    return parameter.shape, parameter.dtype, parameter.device
+
+
+def pieces(operands: Sequence[list[Tensor]], workspace: int, split: Split) -> Iterator[Piece]:
+    """Cut a batch so that the scratch of each call stays within ``workspace`` bytes, if the update can be split.
+
+    Each list of ``operands`` holds one tensor a member: gradients first (only read), then everything that is written.
+    """
+    count, shape = len(operands[0]), operands[0][0].shape
+    scratch = SCRATCH * 4 * shape.numel()
+    if count == 1 or STACKED * scratch > workspace or torch.compiler.is_compiling():
+        for member in range(count):
+            yield from _blocks([operand[member] for operand in operands], member, workspace, split)
+        return
+    together = workspace // scratch
+    for start in range(0, count, together):
+        members = slice(start, min(start + together, count))
+        yield _stack([operand[members] for operand in operands], members)
+
+
+def _stack(operands: list[list[Tensor]], members: slice) -> Piece:
+    rows, columns = rows_and_columns(operands[0][0].shape)
+    batches = [torch.stack(operand).view(-1, rows, columns) for operand in operands]
+    return Piece(batches, members, list(zip(operands[1:], batches[1:], strict=True)))
+
+
+def _blocks(tensors: list[Tensor], member: int, workspace: int, split: Split) -> Iterator[Piece]:
+    """One parameter, in blocks of its leading index; flattened first where single elements are enough."""
+    if split == "elements" and all(tensor.is_contiguous() for tensor in tensors):
+        tensors = [tensor.view(-1) for tensor in tensors]
+    rows, columns = rows_and_columns(tensors[0].shape)
+    length, width = (columns, 1) if tensors[0].ndim < 2 else (rows, columns)
+    whole = split == "whole" or tensors[0].ndim == 0 or torch.compiler.is_compiling()
+    block = length if whole else max(1, workspace // (SCRATCH * 4 * width))
+    for start in range(0, length, block):
+        cut = tensors if block >= length else [tensor[start : start + block] for tensor in tensors]
+        yield _view(cut, member, columns if tensors[0].ndim > 1 else cut[0].numel())
+
+
+def _view(tensors: list[Tensor], member: int, columns: int) -> Piece:
+    """Operands of shape (1, R, C): views where the memory allows, else copies that are written back."""
+    batches = [tensor.reshape(1, -1, columns) for tensor in tensors]
+    copies = [([t], b) for t, b in zip(tensors[1:], batches[1:], strict=True) if not t.is_contiguous()]
+    return Piece(batches, slice(member, member + 1), copies)

@@ -1,0 +1,121 @@
+"""What each hyperparameter may be, as data: the check, its message and the tests' bad values come from one place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Constraint(Protocol):
+    """Says in words what is allowed, and whether a value is."""
+
+    @property
+    def words(self) -> str: ...
+
+    def allows(self, value: Any) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite float (or int) in an interval; with ``tensor`` also a 0-dim floating-point tensor, with ``none`` None."""
+
+    low: float = 0.0
+    high: float = math.inf
+    low_open: bool = False
+    tensor: bool = False
+    none: bool = False
+
+    @property
+    def words(self) -> str:
+        low = f"{'>' if self.low_open else '>='} {self.low:g}"
+        high = "" if self.high == math.inf else f" and < {self.high:g}"
+        kinds = "a finite float" + (" or 0-dim float tensor" if self.tensor else "") + (" or None" if self.none else "")
+        return f"{kinds}, {low}{high}"
+
+    def allows(self, value: Any) -> bool:
+        if value is None:
+            return self.none
+        if isinstance(value, Tensor):
+            return self.tensor and value.ndim == 0 and value.is_floating_point()
+        return isinstance(value, float | int) and not isinstance(value, bool) and self.contains(value)
+
+    def contains(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        return math.isfinite(value) and above and value < self.high
+
+
+@dataclass(frozen=True)
+class Integer:
+    """An int of at least ``low``."""
+
+    low: int
+
+    @property
+    def words(self) -> str:
+        return f"an int >= {self.low}"
+
+    def allows(self, value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= self.low
+
+
+@dataclass(frozen=True)
+class Flag:
+    """True or False."""
+
+    words: str = "True or False"
+
+    def allows(self, value: Any) -> bool:
+        return isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few words."""
+
+    options: tuple[str | None, ...]
+
+    @property
+    def words(self) -> str:
+        return "one of " + ", ".join(map(repr, self.options))
+
+    def allows(self, value: Any) -> bool:
+        return (value is None or isinstance(value, str)) and value in self.options
+
+
+EXECUTION: Mapping[str, Constraint] = {
+    "nonfinite": Choice(("propagate", "skip", "raise")),
+    "backend": Choice(("auto", "eager", "compiled", "triton")),
+}
+"""Arguments that every optimizer has; they say how a step runs, not what it computes."""
+
+
+def check(constraints: Mapping[str, Constraint], values: Mapping[str, Any], where: str) -> None:
+    """Raise a ValueError that names the argument, its value and what is allowed, for the first value that is not."""
+    for name, constraint in constraints.items():
+        if not constraint.allows(values[name]):
+            raise ValueError(f"{where}: {name}={values[name]!r} must be {constraint.words}")
+
+
+def check_tensors(constraints: Mapping[str, Constraint], values: Mapping[str, Any], where: str) -> None:
+    """Check the value of tensor hyperparameters, which reads them: at construction and load only."""
+    for name, constraint in constraints.items():
+        value = values[name]
+        if isinstance(value, Tensor) and isinstance(constraint, Number):
+            if value.is_meta or not constraint.contains(float(value)):
+                raise ValueError(f"{where}: {name}={value!r} must be {constraint.words}")
+
+
+def check_workspace(value: Any) -> None:
+    """``workspace_bytes`` is an int > 0 or None for the device's measured default."""
+    if value is not None and not Integer(1).allows(value):
+        raise ValueError(f"workspace_bytes={value!r} must be None or an int >= 1")
+
+
+def supported_dtypes() -> frozenset[torch.dtype]:
+    """The dtypes that a parameter may have."""
+    return frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})

@@ -1,0 +1,317 @@
+"""The bookkeeping that every optimizer here shares: checked groups, state, batches of one shape, checkpoints.
+
+A subclass says which hyperparameters there are and what they may be (`_constraints`), what state a parameter has
+(`_layout`), and moves batches (`_move`). `step` checks everything before anything is touched.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from trysquare import _backend, _batches, _checkpoint, _constraints, _parameters
+from trysquare._batches import Batch
+from trysquare._explain import Explanation, ParameterPlan
+
+Group = dict[str, Any]
+
+
+class Entry(NamedTuple):
+    """Shape and dtype of one state tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class BatchedOptimizer(Optimizer):
+    """Base of the optimizers. See the module."""
+
+    _constraints: ClassVar[Mapping[str, _constraints.Constraint]]
+    """What each hyperparameter of a group may be."""
+
+    _global: ClassVar[frozenset[str]] = frozenset()
+    """Hyperparameters that concern all groups at once: a group cannot have its own."""
+
+    def __init__(
+        self, params: ParamsT, defaults: Group, *, nonfinite: str, workspace_bytes: int | None, backend: str
+    ) -> None:
+        name = type(self).__name__
+        _constraints.check(_constraints.EXECUTION, {"nonfinite": nonfinite, "backend": backend}, name)
+        _constraints.check_workspace(workspace_bytes)
+        _constraints.check(self._constraints, defaults, name)
+        _constraints.check_tensors(self._constraints, defaults, name)
+        _backend.check(backend, name)
+        self.nonfinite = nonfinite
+        self.workspace_bytes = workspace_bytes
+        self.backend = backend
+        self._plans: dict[int, tuple[Any, list[int]]] = {}
+        super().__init__(params, defaults)
+        given = [parameter for group in self.param_groups for parameter in group["params"]]
+        if not given:
+            raise ValueError(f"{name} got no parameters: every group is empty")
+        self._skipped = torch.zeros((), dtype=torch.int64, device=given[0].device)
+
+    @abstractmethod
+    def _layout(self, group: Group, parameter: Tensor) -> dict[str, Entry]:
+        """The state tensors of a parameter, by name. They start as zeros."""
+
+    @abstractmethod
+    def _move(self, batches: Sequence[Batch]) -> None:
+        """Step every batch."""
+
+    @abstractmethod
+    def _rule_in_words(self, group: Group, parameter: Tensor) -> str:
+        """What is done to a parameter, for `explain`."""
+
+    def _carried(self) -> Group:
+        """What a group carries from step to step besides its hyperparameters, with the values of a new group."""
+        return {}
+
+    def _before_step(self, closure: Callable[[], Any] | None) -> None:
+        """Raise if the step cannot be taken."""
+
+    def _after_closure(self, loss: Any) -> None:
+        """React to the loss, before the parameters move."""
+
+    # Groups
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, as `torch.optim.Optimizer.add_param_group` does, after checking all of it."""
+        group = _parameters.materialized(param_group)
+        where = f"group {len(self.param_groups)}"
+        _parameters.check_keys(group, set(self._constraints), where)
+        common = self.param_groups[0] if self.param_groups else self.defaults
+        for name in sorted(self._global):
+            if group.setdefault(name, common[name]) != common[name]:
+                raise ValueError(
+                    f"{where}: {name}={group[name]!r} differs from {common[name]!r}, but it concerns all "
+                    f"groups at once: give it to {type(self).__name__}(...) instead"
+                )
+        settings = {**self.defaults, **group}
+        _constraints.check(self._constraints, settings, where)
+        _constraints.check_tensors(self._constraints, settings, where)
+        taken = {id(p) for g in self.param_groups for p in g["params"]}
+        _parameters.check_parameters(group["params"], where, taken)
+        super().add_param_group({**group, **self._carried()})
+
+    def _check_groups(self) -> None:
+        """Hyperparameters may have been edited since the last step: by a scheduler, or by hand."""
+        for index, group in enumerate(self.param_groups):
+            _constraints.check(self._constraints, group, f"group {index}")
+            for name in self._global:
+                if group[name] != self.param_groups[0][name]:
+                    raise ValueError(
+                        f"group {index}: {name}={group[name]!r} differs from group 0's "
+                        f"{self.param_groups[0][name]!r}, but it concerns all groups at once: set it in every group"
+                    )
+
+    def _check_gradients(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            for position, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:
+                    _parameters.check_gradient(parameter, _parameters.name_of(group, index, position))
+                    self._check_state(group, index, position)
+
+    def _check_state(self, group: Group, index: int, position: int) -> None:
+        state = self.state.get(group["params"][position])
+        missing = [name for name in self._state_names(group) if name not in state] if state else []
+        if missing:
+            raise ValueError(
+                f"the state of {_parameters.name_of(group, index, position)} has no {missing[0]!r}: a hyperparameter "
+                "that needs it was turned on after the first step; delete the state of the parameter to begin anew"
+            )
+
+    # One step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step.
+
+        Args:
+            closure: evaluates the loss anew and returns it, with gradients computed.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        traced = torch.compiler.is_compiling()
+        self._refuse_tracing(traced)
+        self._check_groups()
+        self._before_step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not traced:
+            self._check_gradients()
+            self._refuse_nonfinite()
+        self._after_closure(loss)
+        batches = []
+        for group in self.param_groups:
+            batches += self._batches(group, traced)
+        if batches:
+            self._move(batches)
+        return loss
+
+    def _refuse_tracing(self, traced: bool) -> None:
+        capturing = not traced and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if self.nonfinite == "raise" and (traced or capturing):
+            raise RuntimeError(
+                "nonfinite='raise' reads the gradients and cannot be compiled or captured: use 'skip' or 'propagate'"
+            )
+
+    def _refuse_nonfinite(self) -> None:
+        """`nonfinite="raise"`: read every gradient, which waits for the device."""
+        if self.nonfinite != "raise":
+            return
+        for index, group in enumerate(self.param_groups):
+            for position, parameter in enumerate(group["params"]):
+                if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+                    raise RuntimeError(
+                        f"the gradient of {_parameters.name_of(group, index, position)} is not finite and "
+                        "nonfinite='raise'; nothing was changed. Use nonfinite='skip' to pass over such steps"
+                    )
+
+    def _batches(self, group: Group, traced: bool) -> list[Batch]:
+        names = self._state_names(group)
+        positions: list[int] = []
+        parameters: list[Tensor] = []
+        gradients: list[Tensor] = []
+        states: list[list[Tensor]] = [[] for _ in names]
+        self._init_group(group, traced, positions, parameters, gradients, *states)
+        if traced:
+            return [
+                Batch(group, [p], [gradients[i]], {n: [s[i]] for n, s in zip(names, states, strict=True)})
+                for i, p in enumerate(parameters)
+            ]
+        together: dict[int, list[int]] = {}
+        bucket_of = self._plan(group)
+        for i, position in enumerate(positions):
+            together.setdefault(bucket_of[position], []).append(i)
+        return [
+            Batch(
+                group,
+                [parameters[i] for i in members],
+                [gradients[i] for i in members],
+                {name: [state[i] for i in members] for name, state in zip(names, states, strict=True)},
+            )
+            for members in together.values()
+        ]
+
+    def _init_group(
+        self,
+        group: Group,
+        check: bool,
+        positions: list[int],
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        *states: list[Tensor],
+    ) -> None:
+        """Fill the lists with what has a gradient; new parameters get their state.
+
+        torch.compile knows a method of this name and runs it outside the trace: the first step needs no graph of its
+        own, and the checks of a traced step stand here.
+        """
+        if check and group is self.param_groups[0]:
+            self._check_gradients()
+        names = self._state_names(group)
+        for position, parameter in enumerate(group["params"]):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state.update(self._new_state(group, parameter))
+            positions.append(position)
+            parameters.append(parameter)
+            gradients.append(parameter.grad)
+            for name, tensors in zip(names, states, strict=True):
+                if state[name].device != parameter.device:  # the model was moved
+                    state[name] = state[name].to(parameter.device)
+                tensors.append(state[name])
+
+    def _state_names(self, group: Group) -> list[str]:
+        return list(self._layout(group, group["params"][0])) if group["params"] else []
+
+    def _new_state(self, group: Group, parameter: Tensor) -> dict[str, Tensor]:
+        layout = self._layout(group, parameter)
+        return {name: torch.zeros(e.shape, dtype=e.dtype, device=parameter.device) for name, e in layout.items()}
+
+    def _plan(self, group: Group) -> list[int]:
+        """The bucket of each parameter of a group; made anew only when its members or their kinds change."""
+        kinds = [(id(p), *_batches.same_kind(p)) for p in group["params"]]
+        known = self._plans.get(id(group))
+        if known is None or known[0] != kinds:
+            order: dict[Any, int] = {}
+            known = kinds, [order.setdefault(kind[1:], len(order)) for kind in kinds]
+            self._plans[id(group)] = known
+        return known[1]
+
+    def _workspace(self, device: torch.device) -> int:
+        return self.workspace_bytes or _batches.default_workspace(device)
+
+    def _count_skipped(self, finite: Tensor) -> None:
+        if self._skipped.device != finite.device:
+            self._skipped = self._skipped.to(finite.device)
+        self._skipped.add_(~finite)
+
+    @property
+    def _chosen(self) -> str:
+        return _backend.choose(self.backend)
+
+    # What a user can ask
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps `nonfinite="skip"` passed over, a 0-dim tensor on the device; not part of a checkpoint."""
+        return self._skipped.clone()
+
+    def explain(self) -> Explanation:
+        """What every parameter gets, and why."""
+        return Explanation(
+            ParameterPlan(
+                _parameters.name_of(group, index, position),
+                index,
+                tuple(parameter.shape),
+                self._rule_in_words(group, parameter),
+                self._chosen,
+                sum(entry.bytes for entry in self._layout(group, parameter).values()),
+            )
+            for index, group in enumerate(self.param_groups)
+            for position, parameter in enumerate(group["params"])
+        )
+
+    # Checkpoints and copies
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint as it was saved, bit for bit and with its own dtypes; reject a foreign one whole."""
+        state_dict = _checkpoint.after_hooks(self, state_dict)
+        groups = _checkpoint.checked_groups(self, state_dict, set(self._constraints), set(self._carried()))
+        for index, group in enumerate(groups):
+            _constraints.check(self._constraints, group, f"state_dict: group {index}")
+            _constraints.check_tensors(self._constraints, group, f"state_dict: group {index}")
+        state = _checkpoint.checked_state(self, state_dict, groups, self._layout)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("nonfinite", "workspace_bytes", "backend", "_skipped")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = {}

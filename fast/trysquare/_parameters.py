@@ -1,0 +1,89 @@
+"""What a parameter, its gradient and a group that a caller hands in must look like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+ADDED_LATER = frozenset(
+    {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "name", "param_names"}
+)
+"""Keys of a group that are no hyperparameters: schedulers, averaging and torch itself put them there."""
+
+
+def materialized(param_group: Any) -> dict[str, Any]:
+    """A copy of a caller's group with ``params`` as a list and names apart, so that a bad group changes nothing."""
+    if not isinstance(param_group, dict):
+        raise TypeError(f"param_group must be a dict, but is {type(param_group).__name__}")
+    if "params" not in param_group:
+        raise ValueError("param_group has no key 'params': give it the parameters to optimize")
+    group, params = dict(param_group), param_group["params"]
+    if isinstance(params, set | frozenset):
+        raise TypeError("params is a set, whose order differs between runs: give a list instead")
+    group["params"] = [params] if isinstance(params, Tensor) else list(params)
+    return group
+
+
+def check_keys(group: Mapping[str, Any], hyperparameters: set[str], where: str) -> None:
+    """Reject what is neither a hyperparameter nor on the list of what others add."""
+    unknown = sorted(group.keys() - hyperparameters - ADDED_LATER - {"params"}, key=str)
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; a group may have {', '.join(sorted(hyperparameters))}")
+
+
+def check_parameters(params: Iterable[Any], where: str, taken: set[int]) -> None:
+    """Check the parameters of a new group; ``taken`` are the ids of those that other groups have."""
+    seen = set(taken)
+    for position, entry in enumerate(params):
+        name, parameter = entry if isinstance(entry, tuple) else (f"parameter {position} of {where}", entry)
+        check_parameter(parameter, name)
+        if id(parameter) in seen:
+            raise ValueError(f"{name} appears more than once: a parameter is stepped by one group, once")
+        seen.add(id(parameter))
+
+
+def check_parameter(parameter: Any, name: str) -> None:
+    """Raise a TypeError or ValueError that says what is wrong with a parameter and what to do."""
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"{name} is a {type(parameter).__name__}: an optimizer takes tensors")
+    if parameter.layout != torch.strided:
+        raise ValueError(f"{name} has layout {parameter.layout}: only dense (strided) parameters are supported")
+    if parameter.dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {parameter.dtype}: supported are {', '.join(map(str, DTYPES))}")
+    if parameter.is_meta:
+        raise ValueError(f"{name} is on the meta device and has no values: materialize the model first")
+    if not parameter.is_leaf and not parameter.retains_grad:
+        raise ValueError(f"{name} is not a leaf: detach it, or give the tensors that it was computed from")
+    if hasattr(parameter, "placements"):
+        raise ValueError(f"{name} is a DTensor: sharded parameters are not supported by this version of trysquare")
+
+
+def check_gradient(parameter: Tensor, name: str) -> None:
+    """Raise unless the gradient is dense and has the parameter's shape, dtype and device."""
+    gradient = parameter.grad
+    if gradient is None:
+        return
+    if gradient.layout != torch.strided:
+        raise ValueError(f"the gradient of {name} has layout {gradient.layout}: make it dense with .to_dense()")
+    for what in ("shape", "dtype", "device"):
+        mine, wanted = getattr(gradient, what), getattr(parameter, what)
+        if mine != wanted:
+            raise ValueError(
+                f"the gradient of {name} has {what} {_plain(mine)}, the parameter {_plain(wanted)}: "
+                "set .grad to None and compute it anew"
+            )
+
+
+def _plain(value: Any) -> str:
+    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)
+
+
+def name_of(group: Mapping[str, Any], index: int, position: int) -> str:
+    """The name under which `named_parameters()` gave a parameter, else its place."""
+    names = group.get("param_names")
+    return f"{names[position]}" if names else f"parameter {position} of group {index}"

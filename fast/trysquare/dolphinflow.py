@@ -1,0 +1,262 @@
+"""DolphinFlow: Nesterov momentum with Adam's second moment, and gradients that cannot lengthen the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from trysquare import _backend, _batches
+from trysquare._batches import Batch
+from trysquare._constraints import Choice, Constraint, Flag, Integer, Number
+from trysquare._optimizer import BatchedOptimizer, Entry, Group
+from trysquare.ops import clipping, loss_schedule
+from trysquare.ops import dolphinflow as ops
+from trysquare.ops._scalar import Scalar
+
+
+class DolphinFlow(BatchedOptimizer):
+    r"""Nesterov momentum with Adam's second moment on gradients orthogonal to the weights.
+
+    In step :math:`t = 1, 2, \dots`, with :math:`s = \min(1, G / (\lVert g\rVert_2 + 10^{-6}))` over all gradients:
+
+    .. math::
+        \tilde g &= s g - w \langle w, s g\rangle / \langle w, w\rangle \quad\text{per row}, \\
+        m &\leftarrow \mu m + \tilde g, \qquad u = \tilde g + \mu m, \\
+        v &\leftarrow \beta_2 v + (1 - \beta_2)\tilde g^2, \\
+        \theta &\leftarrow (1 - \eta\lambda)\,\theta - \eta\,u / \bigl(\sqrt{v / (1 - \beta_2^t)} + \varepsilon\bigr).
+
+    A row is a leading index of a parameter of at least two dimensions; parameters of fewer are not projected. State and
+    arithmetic are float32 for half-precision and float32 parameters, float64 for float64 ones.
+
+    Args:
+        params: parameters, ``named_parameters()`` or groups.
+        lr: learning rate :math:`\eta`, a float or a 0-dim tensor.
+        weight_decay: decoupled decay :math:`\lambda`.
+        momentum: :math:`\mu` in [0, 1).
+        ortho_mode: ``"vector"`` projects each row as above; ``"matrix"`` orthogonalizes :math:`u` by Newton–Schulz
+            iterations, keeping its norm; None does neither.
+        adaptive_lr: divide by the second moment; without it, :math:`\theta` moves by :math:`-\eta u`.
+        beta2: :math:`\beta_2` in [0, 1).
+        eps: :math:`\varepsilon` > 0.
+        ns_steps: Newton–Schulz iterations of the matrix mode.
+        gradient_clipping: :math:`G`, the largest norm of all gradients together; None or 0: no clipping. ``p.grad``
+            itself is not changed.
+        loss_aware_schedule: lower the rate by 1 % each time the loss has not improved on its running mean five
+            times in a row. Needs a closure at every step.
+        loss_ema_beta: weight of the past in that running mean.
+        project: ``"gradient"`` projects the gradient; ``"update"`` projects :math:`u` instead and leaves the gradient
+            raw, as the package dolphinflow does.
+        bias_correction: divide :math:`v` by :math:`1 - \beta_2^t`.
+        nonfinite: what a gradient with NaN or inf does: ``"propagate"`` as in torch; ``"skip"`` changes nothing in
+            this step, without a synchronisation, and counts it (`skipped_steps`); ``"raise"`` raises.
+        workspace_bytes: bound on the scratch memory of one call of the update, where it can be split: by rows, so that
+            one row is the least. None: chosen by measurement for each kind of device.
+        backend: ``"eager"``, ``"compiled"`` (the updates through `torch.compile`) or ``"auto"`` (eager).
+
+    Raises:
+        TypeError, ValueError: names the argument or parameter, its value and what is allowed; nothing has changed.
+
+    Example:
+        >>> model = torch.nn.Linear(100, 10)
+        >>> optimizer = DolphinFlow(model.parameters(), lr=1e-4)
+        >>> model(torch.randn(8, 100)).square().mean().backward()
+        >>> optimizer.step()
+
+    References:
+        Prieto et al. 2025, Grokking at the Edge of Numerical Stability, arXiv 2501.04697 (the projection).
+        Jordan et al. 2024, Muon (the iteration's coefficients). Hartford 2024, dolphinflow.
+    """
+
+    _constraints: ClassVar[Mapping[str, Constraint]] = {
+        "lr": Number(tensor=True),
+        "weight_decay": Number(),
+        "momentum": Number(high=1.0),
+        "ortho_mode": Choice(("vector", "matrix", None)),
+        "adaptive_lr": Flag(),
+        "beta2": Number(high=1.0),
+        "eps": Number(low_open=True),
+        "ns_steps": Integer(1),
+        "gradient_clipping": Number(none=True),
+        "loss_aware_schedule": Flag(),
+        "loss_ema_beta": Number(high=1.0),
+        "project": Choice(("gradient", "update")),
+        "bias_correction": Flag(),
+    }
+    _global: ClassVar[frozenset[str]] = frozenset({"gradient_clipping", "loss_aware_schedule", "loss_ema_beta"})
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        weight_decay: float = 1e-2,
+        momentum: float = 0.9,
+        ortho_mode: str | None = "vector",
+        adaptive_lr: bool = True,
+        beta2: float = 0.99,
+        eps: float = 1e-8,
+        ns_steps: int = 2,
+        gradient_clipping: float | None = 1.0,
+        loss_aware_schedule: bool = False,
+        loss_ema_beta: float = 0.98,
+        *,
+        project: str = "gradient",
+        bias_correction: bool = True,
+        nonfinite: str = "propagate",
+        workspace_bytes: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "ortho_mode": ortho_mode,
+            "adaptive_lr": adaptive_lr,
+            "beta2": beta2,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "gradient_clipping": gradient_clipping,
+            "loss_aware_schedule": loss_aware_schedule,
+            "loss_ema_beta": loss_ema_beta,
+            "project": project,
+            "bias_correction": bias_correction,
+        }
+        super().__init__(params, defaults, nonfinite=nonfinite, workspace_bytes=workspace_bytes, backend=backend)
+
+    def _layout(self, group: Group, parameter: Tensor) -> dict[str, Entry]:
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        whole = Entry(tuple(parameter.shape), dtype)
+        layout = {"step": Entry((), clipping.wide_dtype(parameter.device)), "momentum_buffer": whole}
+        return {**layout, "exp_avg_sq": whole} if group["adaptive_lr"] else layout
+
+    def _carried(self) -> Group:
+        return {"loss_ema": None, "stall_count": 0, "loss_lr_scale": 1.0}
+
+    def _rule_in_words(self, group: Group, parameter: Tensor) -> str:
+        mode, rows, columns = _mode(group, parameter), *_batches.rows_and_columns(parameter.shape)
+        if mode == "vector":
+            return f"{group['project']} projected in {rows} rows of {columns}"
+        if mode == "matrix":
+            return f"update orthogonalized as {rows} x {columns}"
+        return "ortho_mode=None" if group["ortho_mode"] is None else "fewer than two dimensions: not projected"
+
+    # The loss-aware schedule
+
+    def _before_step(self, closure: Callable[[], Any] | None) -> None:
+        if closure is None and self.param_groups[0]["loss_aware_schedule"]:
+            raise ValueError("loss_aware_schedule=True needs the loss: call step(closure) with one that returns it")
+
+    def _after_closure(self, loss: Any) -> None:
+        if not self.param_groups[0]["loss_aware_schedule"]:
+            return
+        if loss is None:
+            raise ValueError("loss_aware_schedule=True needs the loss, but the closure returned None")
+        for group in self.param_groups:
+            names = ("loss_ema", "stall_count", "loss_lr_scale")
+            past = [group[name] for name in names]
+            group.update(zip(names, loss_schedule.update(*past, float(loss), group["loss_ema_beta"]), strict=True))
+
+    # The step
+
+    def _move(self, batches: Sequence[Batch]) -> None:
+        scale, finite = self._scale_and_finite(batches)
+        for batch in batches:
+            _advance(batch.state["step"], finite)
+            if batch.parameters[0].numel():
+                self._move_batch(batch, scale, finite)
+
+    def _scale_and_finite(self, batches: Sequence[Batch]) -> tuple[Tensor | None, Tensor | None]:
+        """The clipping factor, and whether to move at all (a 0-dim tensor under nonfinite="skip")."""
+        clip, skip = batches[0].group["gradient_clipping"], self.nonfinite == "skip"
+        gradients = [g for batch in batches for g in batch.gradients if g.numel()]
+        if not gradients or not (clip or skip):
+            return None, None
+        norm = clipping.total_norm([self._sum_of_squares(g) for g in gradients])
+        finite = norm.isfinite() if skip else None
+        if finite is not None:
+            self._count_skipped(finite)
+        return clipping.clip_scale(norm, clip) if clip else None, finite
+
+    def _sum_of_squares(self, gradient: Tensor) -> Tensor:
+        if self._chosen == "compiled" or torch.compiler.is_compiling():
+            return _backend.run(self._chosen, clipping.sum_of_squares, gradient.flatten())
+        return clipping.chunked_sum_of_squares(gradient, self._workspace(gradient.device) // 16)
+
+    def _move_batch(self, batch: Batch, scale: Tensor | None, finite: Tensor | None) -> None:
+        group, first = batch.group, batch.parameters[0]
+        rule = _rule(group, first)
+        written = [batch.parameters, *(tensors for name, tensors in batch.state.items() if name != "step")]
+        split = self._split(rule)
+        scale = None if scale is None else scale.to(first.device)
+        for piece in _batches.pieces([batch.gradients, *written], self._workspace(first.device), split):
+            gradient, theta, *state = piece.operands
+            before = [] if finite is None else [tensor.clone() for tensor in piece.operands[1:]]
+            steps = torch.stack(batch.state["step"][piece.members])
+            self._update(group, rule, gradient, theta, state, steps, scale)
+            for tensor, old in zip(piece.operands[1:], before, strict=False):
+                tensor.copy_(torch.where(finite.to(tensor.device), tensor, old))
+            piece.store()
+
+    def _update(
+        self,
+        group: Group,
+        rule: ops.Rule,
+        gradient: Tensor,
+        theta: Tensor,
+        state: list[Tensor],
+        steps: Tensor,
+        scale: Tensor | None,
+    ) -> None:
+        momentum_buffer, exp_avg_sq = state if rule.adaptive_lr else (state[0], None)
+        coefficient = None
+        if rule.projects_gradient:
+            dtype = momentum_buffer.dtype
+            coefficient = _backend.run(self._chosen, ops.row_coefficient, theta, gradient, scale, dtype)
+        numbers = [_rate(group), *(group[name] for name in ("weight_decay", "momentum", "beta2", "eps"))]
+        if self._chosen == "compiled":
+            numbers = [n if isinstance(n, Tensor) else _backend.scalar(n) for n in numbers]
+        _backend.run(
+            self._chosen,
+            ops.update_,
+            theta,
+            gradient,
+            momentum_buffer,
+            exp_avg_sq,
+            steps,
+            scale,
+            coefficient,
+            *numbers,
+            rule,
+        )
+
+    def _split(self, rule: ops.Rule) -> _batches.Split:
+        """A compiled update needs no scratch, so there is nothing to bound."""
+        if self._chosen == "compiled" or rule.ortho_mode == "matrix":
+            return "whole"
+        return "elements" if rule.ortho_mode is None else "rows"
+
+
+def _mode(group: Group, parameter: Tensor) -> str | None:
+    return group["ortho_mode"] if parameter.ndim >= 2 else None
+
+
+def _rule(group: Group, parameter: Tensor) -> ops.Rule:
+    names = ("project", "adaptive_lr", "bias_correction", "ns_steps")
+    return ops.Rule(_mode(group, parameter), *(group[name] for name in names))
+
+
+def _rate(group: Group) -> Scalar:
+    """The learning rate times what the loss-aware schedule has left of it."""
+    lr, left = group["lr"], group["loss_lr_scale"]
+    return lr if left == 1.0 else lr * left
+
+
+def _advance(steps: list[Tensor], finite: Tensor | None) -> None:
+    if finite is None:
+        torch._foreach_add_(steps, 1)
+        return
+    for step in steps:
+        step.add_(finite.to(step.device))

@@ -1,0 +1,78 @@
+"""One step of DolphinFlow on a batch, in the order of the reference page."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trysquare.ops import decay, moments, polar, projection
+from trysquare.ops._scalar import Scalar, add_scaled_
+
+
+class Rule(NamedTuple):
+    """What selects a formula rather than a number; a compiled update exists once per rule."""
+
+    ortho_mode: str | None
+    project: str
+    adaptive_lr: bool
+    bias_correction: bool
+    ns_steps: int
+
+    @property
+    def projects_gradient(self) -> bool:
+        return self.ortho_mode == "vector" and self.project == "gradient"
+
+    @property
+    def projects_update(self) -> bool:
+        return self.ortho_mode == "vector" and self.project == "update"
+
+
+def clipped(gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """s·g in the dtype of the arithmetic; the gradient itself where there is nothing to do."""
+    wide = gradient.to(dtype)
+    return wide if scale is None else wide * scale
+
+
+def row_coefficient(theta: Tensor, gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """How much of every row of θ the clipped gradient holds, shape (B, R, 1)."""
+    return projection.gradient_coefficient(clipped(gradient, scale, dtype), theta.to(dtype))
+
+
+def update_(
+    theta: Tensor,
+    gradient: Tensor,
+    momentum_buffer: Tensor,
+    exp_avg_sq: Tensor | None,
+    step: Tensor,
+    scale: Tensor | None,
+    coefficient: Tensor | None,
+    lr: Scalar,
+    weight_decay: Scalar,
+    momentum: Scalar,
+    beta2: Scalar,
+    eps: Scalar,
+    rule: Rule,
+) -> None:
+    """Steps ``theta``, ``momentum_buffer`` and ``exp_avg_sq``, each (B, R, C), in place; ``gradient`` is only read.
+
+    ``step`` is t of every slice, this step included, shape (B,); ``scale`` is the clipping factor (None: 1) and
+    ``coefficient`` what `row_coefficient` found (None: no projection of the gradient). Arithmetic is that of the state.
+    """
+    wide = theta.to(momentum_buffer.dtype)
+    g = clipped(gradient, scale, wide.dtype)
+    if coefficient is not None:
+        g = projection.subtract_(g.clone() if g is gradient else g, wide, coefficient)
+    u = moments.nesterov_(momentum_buffer, g, momentum)
+    if rule.projects_update:
+        u = projection.project_update_rows_(u, wide, eps)
+    if rule.ortho_mode == "matrix":
+        u = polar.newton_schulz(u, rule.ns_steps, eps)
+    if exp_avg_sq is not None:
+        moments.second_moment_(exp_avg_sq, g, beta2)
+        u = u.div_(moments.denominator(exp_avg_sq, step, beta2, eps, rule.bias_correction))
+    decay.decoupled_decay_(wide, lr, weight_decay)
+    add_scaled_(wide, u, -lr)
+    if wide is not theta:
+        theta.copy_(wide)

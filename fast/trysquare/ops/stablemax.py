@@ -1,0 +1,159 @@
+"""StableMax: its values, the parts of its cross-entropy, and every derivative written out; named as in the reference.
+
+Logits x are (N, C, d₁, …) with the classes in dimension 1; a value for each position is (N, d₁, …). All numbers are in
+the precision of the arithmetic already, float32 or float64. Nothing here is differentiated by autograd: it would find
+slope 0 for log s at x = 0, and NaN for s at x = 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+HEADROOM = 2.0**-32
+
+
+def s_below(x: Tensor) -> Tensor:
+    """1 / (1 − min(x, 0)): s(x) where x < 0, and 1 elsewhere, so that its square is s′(x)."""
+    return (1 - x.clamp(max=0)).reciprocal_()
+
+
+def s(x: Tensor) -> Tensor:
+    """max(x, 0) + 1 / (1 − min(x, 0)): both branches of s in one formula."""
+    return s_below(x).add_(x.clamp(min=0))
+
+
+def log_s(x: Tensor) -> Tensor:
+    """γ(x) = sign(x)·log(1 + |x|)."""
+    return x.abs().log1p_().copysign_(x)
+
+
+def log_s_slope(x: Tensor) -> Tensor:
+    """γ′(x) = 1 / (1 + |x|)."""
+    return (1 + x.abs()).reciprocal_()
+
+
+def log_sum(x: Tensor, dim: int = 1) -> Tensor:
+    """log Σ s(x_j), with no exponential and in one reading of x.
+
+    The part of s that grows is summed with 32 binary digits of headroom, so that no finite logits overflow. A logit of
+    inf gives NaN, as in softmax.
+    """
+    above = x.clamp(min=0).mul_(HEADROOM).sum(dim)
+    total = above / HEADROOM + s_below(x).sum(dim)
+    huge = above.log() - math.log(HEADROOM) + 0 * above
+    return torch.where(total.isinf(), huge, total.log())
+
+
+def stablemax(x: Tensor, dim: int) -> Tensor:
+    """p = s(x) / Σ s(x_j); relative to the largest first, so that the sum does not overflow."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    values = s(x)
+    values /= values.amax(dim, keepdim=True)
+    return values.div_(values.sum(dim, keepdim=True))
+
+
+def stablemax_gradient(x: Tensor, p: Tensor, g: Tensor, dim: int) -> Tensor:
+    """Σ_k g_k ∂p_k/∂x, with s′/Σs = p·γ′."""
+    return p * log_s_slope(x) * (g - (g * p).sum(dim, keepdim=True))
+
+
+def log_stablemax(x: Tensor, dim: int) -> Tensor:
+    """log p = γ − log Σ exp γ_j, which is the log-softmax of γ."""
+    return torch.log_softmax(log_s(x), dim)
+
+
+def log_stablemax_gradient(x: Tensor, p: Tensor, g: Tensor, dim: int) -> Tensor:
+    """Σ_k g_k ∂log p_k/∂x."""
+    return log_s_slope(x) * (g - p * g.sum(dim, keepdim=True))
+
+
+def surprise(gamma: Tensor, normalizer: Tensor) -> Tensor:
+    """−log p, where `normalizer` is log Σ s. It is never negative, so its rounding error must not be."""
+    return (normalizer - gamma).clamp_(min=0)
+
+
+def smoothed(target: Tensor, label_smoothing: float) -> Tensor:
+    """t′ = (1 − α)·t + α/C."""
+    return target * (1 - label_smoothing) + label_smoothing / target.shape[1] if label_smoothing else target
+
+
+def weighted_surprise(x: Tensor, normalizer: Tensor, weight: Tensor | None) -> Tensor:
+    """−Σ_k w_k·log p_k of every position: what label smoothing adds to the loss of a class index."""
+    return _times(_per_class(weight, x), surprise(log_s(x), normalizer.unsqueeze(1))).sum(1)
+
+
+def index_losses(x_y: Tensor, normalizer: Tensor, w_y: Tensor | None) -> Tensor:
+    """−w_y·log p_y of every position, from the logits x_y and weights w_y of the chosen classes."""
+    losses = surprise(log_s(x_y), normalizer)
+    return losses if w_y is None else losses * w_y
+
+
+def index_gradient(x: Tensor, scale: Tensor, lift: Tensor | None, weight: Tensor | None) -> Tensor:
+    """s′(x_k)·scale − w_k·γ′(x_k)·lift: the gradient of every class as if it were not the chosen one.
+
+    With a_k = w_k·α/C for these, `scale` is Σ_j a_j / Σ_j s(x_j) and `lift` is α/C, both times the factor of the
+    position in the result.
+    """
+    below = s_below(x)
+    gradient = (below * scale.unsqueeze(1)).mul_(below)
+    if lift is not None:
+        gradient -= _per_class(weight, x) * log_s_slope(x) * lift.unsqueeze(1)
+    return gradient
+
+
+def chosen_gradient(
+    x_y: Tensor, normalizer: Tensor, w_y: Tensor | float, w_sum: Tensor | float, uniform: float, label_smoothing: float
+) -> Tensor:
+    """γ′_y·(p_y·Σ_j a_j − a_y) of the chosen classes, `uniform` being α/C and `w_sum` the sum of the class weights.
+
+    p_y − 1 is expm1(log p_y), which keeps the digits of a p_y close to 1.
+    """
+    log_p = -surprise(log_s(x_y), normalizer)
+    error = (1 - label_smoothing) * w_y * log_p.expm1() + uniform * (log_p.exp() * w_sum - w_y)
+    return log_s_slope(x_y) * error
+
+
+def probability_losses(
+    x: Tensor, target: Tensor, normalizer: Tensor, weight: Tensor | None, label_smoothing: float
+) -> Tensor:
+    """−Σ_k a_k·log p_k of every position, with a = w·t′."""
+    a = smoothed(target, label_smoothing) * _per_class(weight, x)
+    return _times(a, surprise(log_s(x), normalizer.unsqueeze(1))).sum(1)
+
+
+def probability_gradient(
+    x: Tensor, target: Tensor, normalizer: Tensor, factor: Tensor, weight: Tensor | None, label_smoothing: float
+) -> Tensor:
+    """γ′_k·(p_k·Σ_j a_j − a_k)·factor, with γ′·p = s′/Σs."""
+    a = smoothed(target, label_smoothing) * _per_class(weight, x)
+    below = s_below(x)
+    gradient = (below * (a.sum(1) * factor * (-normalizer).exp()).unsqueeze(1)).mul_(below)
+    return gradient.sub_(a * log_s_slope(x) * factor.unsqueeze(1))
+
+
+def target_gradient(
+    x: Tensor, normalizer: Tensor, factor: Tensor, weight: Tensor | None, label_smoothing: float
+) -> Tensor:
+    """∂/∂t of Σ factor·ℓ: −(1 − α)·w_k·log p_k·factor."""
+    surprises = surprise(log_s(x), normalizer.unsqueeze(1)) * factor.unsqueeze(1)
+    return surprises * _per_class(weight, x) * (1 - label_smoothing)
+
+
+def weight_terms(x: Tensor, target: Tensor, normalizer: Tensor, factor: Tensor, label_smoothing: float) -> Tensor:
+    """−t′_k·log p_k·factor, whose sum over the positions is the derivative with respect to the class weights."""
+    surprises = surprise(log_s(x), normalizer.unsqueeze(1)) * factor.unsqueeze(1)
+    return _times(smoothed(target, label_smoothing), surprises)
+
+
+def _per_class(weight: Tensor | None, x: Tensor) -> Tensor | float:
+    """The class weights, shaped to multiply x."""
+    return 1.0 if weight is None else weight.view(-1, *[1] * (x.ndim - 2))
+
+
+def _times(a: Tensor | float, surprises: Tensor) -> Tensor:
+    """a·surprises, where a = 0 counts nothing even if the surprise is infinite."""
+    return a * surprises if isinstance(a, float) else torch.where(a == 0, 0, a * surprises)
