@@ -145,7 +145,7 @@ class Noisy(np.ndarray[Any, np.dtype[np.float64]]):
         return out
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        if func not in _REWRAPPED:
+        if func not in _REWRAPPED and not (func is np.copyto and isinstance(args[0], Noisy)):
             raise TypeError(f"np.{func.__name__} would lose the noise: write it with ufuncs, reductions and @")
         return _wrap(super().__array_function__(func, types, args, kwargs), self.source)
 
@@ -154,6 +154,11 @@ class Noisy(np.ndarray[Any, np.dtype[np.float64]]):
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"noisy {np.asarray(self)!r}"
+
+    __str__ = __repr__
 
 
 def _refuse(name: str) -> Callable[..., Any]:
@@ -269,7 +274,7 @@ def _accumulated(
 def _perturb(x: Plain, amplitude: Plain, exact: Plain, arithmetic: Arithmetic, key: np.uint64) -> Plain:
     """Add an error up to `amplitude` where the operation is not exact, and keep to the range of the format."""
     error = _hash(x, key)
-    y = amplitude * error
+    y = np.copysign(amplitude, x) * error
     y += x
     above = _magnitude(y)
     error *= arithmetic.smallest / 2
