@@ -28,6 +28,10 @@ a correction kept as a factor.
 **Discontinuities are sets.** Where the draws of an entry fall into two groups further apart than `multiple(D)` times
 the scatter within the groups, an answer near either group is right and one between them is not.
 
+**Measured** (`python conformance/tests/test_budget.py 24`): of 660,000 entries that torch stepped in float32, 3.4e-4
+lay beyond the multiple for a false alarm in 1e-2, 3e-6 beyond that for 1e-4, none beyond 45 % of the one in use. The
+worst honest margin was 0.5, but for a 1×1 matrix whose projected gradient is nothing but rounding: 0.8.
+
 **Range.** An entry that is infinite or NaN in the reference and in all draws must be so in the lane (infinite or NaN:
 which of the two depends on the order of operations). An entry where they differ is undetermined and not judged.
 """
@@ -269,8 +273,12 @@ def _norm(x: Array) -> float:
 
 
 @functools.cache
-def multiple(draws: int) -> float:
-    """Spreads that an honest entry is allowed: HONEST times Student's quantile for an even number of draws.
+def multiple(draws: int, probability: float = FALSE_ALARM) -> float:
+    """Spreads that an honest entry is allowed: HONEST times Student's quantile, found by bisection.
+
+    Args:
+        draws: Even, at least 2.
+        probability: Of a false alarm for one entry.
 
     Examples:
         >>> round(multiple(32), 1), round(multiple(8), 1)
@@ -281,7 +289,7 @@ def multiple(draws: int) -> float:
     low, high = 0.0, 1e6
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if _student_tail(middle, draws) > FALSE_ALARM else (low, middle)
+        low, high = (middle, high) if _student_tail(middle, draws) > probability else (low, middle)
     return HONEST * high
 
 
@@ -344,6 +352,8 @@ def assert_same(actual: Any, expected: Any, *, scale: Array | float | None = Non
     """
     actual, expected = np.asarray(actual, dtype=np.float64), np.asarray(expected, dtype=np.float64)
     allowed = rounding_error(expected if scale is None else scale, operations)
-    same = (np.abs(actual - expected) <= allowed) | (actual == expected) | (np.isnan(actual) & np.isnan(expected))
+    with np.errstate(invalid="ignore"):
+        close = np.abs(actual - expected) <= allowed
+    same = close | (actual == expected) | (np.isnan(actual) & np.isnan(expected))
     if actual.shape != expected.shape or not same.all():
         raise AssertionError(f"not the same up to {operations} roundings\nactual:   {actual}\nexpected: {expected}")
