@@ -14,6 +14,7 @@ from trysquare_conformance.report.schema import Result
 HERE = Path(__file__).parent
 CARDS = 60  # failures that get a card; the rest get a line each, so that a run in which all is wrong can still be read
 FILL = {"wrong": "bad", "error": "bad", "could not tell": "unsure", "not run here": "off"}
+LINES = 2000  # of a list, after which the reader is sent to the table of budgets, which has every case
 LEVELS = ((0.1, "m1"), (0.3, "m2"), (0.7, "m3"), (1.0, "m4"))
 
 
@@ -32,6 +33,7 @@ def render(result: Result) -> str:
         rest=failures[CARDS:],
         plot=strip.plot(result, cards),
         box=strip,
+        LINES=LINES,
         summary=summary,
     )
 
@@ -58,6 +60,7 @@ def _environment() -> Environment:
         "duration": text.duration,
         "count": text.count,
         "lines": _lines,
+        "breaks": _breaks,
         "digits": text.digits,
         "level": level,
         "headline": summary.headline,
@@ -72,6 +75,11 @@ def _printable(value: Any) -> Any:
 def _lines(value: str) -> Markup:
     """Text whose lines stay lines, each made printable and escaped."""
     return Markup("\n").join(text.clean_lines(value).split("\n"))
+
+
+def _breaks(value: str) -> Markup:
+    """Text that may be broken after a slash: the names of cases are long."""
+    return Markup("/<wbr>").join(text.clean(value).split("/"))
 
 
 def _policy(style: str, script: str) -> str:

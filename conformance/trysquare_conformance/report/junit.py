@@ -15,11 +15,9 @@ _OUTCOME = {"wrong": "failure", "error": "error", "could not tell": "error", "ex
 
 def render(result: Result) -> str:
     """The report as text, the same for the same result."""
-    suites = Element("testsuites", name="trysquare verify", time=_time(result["seconds"]))
+    suites = Element("testsuites")  # without attributes: one of the schemas in use knows none
     for identity, lane in enumerate(_lanes(result)):
         suites.append(_suite(lane, [row for row in result["results"] if row["lane"] == lane["name"]], identity, result))
-    for key in ("tests", "failures", "errors", "skipped"):
-        suites.set(key, str(sum(int(suite.get(key, "0")) for suite in suites)))
     ET.indent(suites)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(suites, encoding="unicode") + "\n"
 

@@ -12,6 +12,13 @@ WIDTH, LEFT, RIGHT, TOP, BOTTOM = 980, 190, 24, 34, 30
 GUTTER = 84  # the columns beside the axis: no error at all on the left, no finite margin on the right
 DOT = 5
 HALF_LOW, HALF_HIGH, GAP = 9, 36, 7
+NAMED = 300  # cases that are not right have a tooltip each, up to so many; beyond, those that have a card
+SHAPES = {
+    "wrong": "m0-4.4l4.4 4.4-4.4 4.4-4.4-4.4z",
+    "error": "m0-4.4l4.4 4.4-4.4 4.4-4.4-4.4z",
+    "could not tell": "m0-3.6l3.6 6.4h-7.2z",
+    "expected failure": "m-2.3 0a2.3 2.3 0 1 0 4.6 0a2.3 2.3 0 1 0-4.6 0z",
+}
 DECADES = (-6, 6)  # the axis never reaches further: a margin of 1e30 must not squeeze the rest
 
 Columns = dict[int, list[Row]]
@@ -54,8 +61,7 @@ class Axis:
 class Dot:
     """A case that is drawn for itself, with its words and the card that it leads to."""
 
-    x: float
-    y: float
+    path: str
     status: str
     title: str
     card: str
@@ -63,15 +69,15 @@ class Dot:
 
 @dataclass(frozen=True)
 class Strip:
-    """The cases of one lane and dtype: those that are right as one path of dots, the others each for itself."""
+    """The cases of one lane and dtype: each for itself, or as part of the path of its status."""
 
     lane: str
     dtype: str
     cases: int
     y: float
     half: float
-    right: str
-    marked: list[Dot]
+    named: list[Dot]
+    paths: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ def plot(result: Result, cards: Cards) -> Plot | None:
         found.setdefault((row["lane"], row["dtype"]), []).append(row)
     lanes = [lane["name"] for lane in result["lanes"]]
     keys = sorted(found, key=lambda key: (lanes.index(key[0]) if key[0] in lanes else len(lanes), dtype_order(key[1])))
+    if sum(row["status"] != "right" for row in rows) <= NAMED:
+        cards = {(row["lane"], row["case"]): "" for row in rows} | dict(cards)
     columns = {key: _columns(found[key], axis) for key in keys}
     share = _share(list(columns.values()), axis)
     strips: list[Strip] = []
@@ -140,18 +148,29 @@ def _right(stack: list[Row]) -> int:
 
 
 def _strip(key: tuple[str, str], columns: Columns, axis: Axis, share: int, top: float, cards: Cards) -> Strip:
-    marked = {at: [row for row in stack if row["status"] != "right"] for at, stack in columns.items()}
-    sizes = {at: len(marked[at]) + math.ceil(_right(stack) / share) for at, stack in columns.items()}
-    half = min(HALF_HIGH, max(HALF_LOW, max(sizes.values()) * DOT / 2))
-    right: dict[str, None] = {}  # an ordered set: where a column is squeezed, dots fall together and are drawn once
-    dots: list[Dot] = []
-    for at, size in sizes.items():
-        x, heights = axis.middle(at), _heights(size, top + half, half)
-        for row, y in zip(marked[at], heights, strict=False):
-            dots.append(Dot(x, y, row["status"], _title(row), cards.get((row["lane"], row["case"]), "")))
-        right |= dict.fromkeys(f"M{x:g} {y:g}h0" for y in heights[len(marked[at]) :])
+    drawn = {at: _drawn(stack, share) for at, stack in columns.items()}
+    half = min(HALF_HIGH, max(HALF_LOW, max(map(len, drawn.values())) * DOT / 2))
+    named: list[Dot] = []
+    paths: dict[
+        str, dict[str, None]
+    ] = {}  # ordered sets: where a column is squeezed, dots that coincide are drawn once
+    for at, stack in drawn.items():
+        x = axis.middle(at)
+        for row, y in zip(stack, _heights(len(stack), top + half, half), strict=True):
+            place, status, card = f"M{x:g} {y:g}", row["status"], cards.get((row["lane"], row["case"]))
+            if status == "right" or card is None:
+                paths.setdefault(status, {})[place + SHAPES.get(status, "h0")] = None
+            else:
+                named.append(Dot(place + SHAPES[status], status, _title(row), card))
     cases = sum(map(len, columns.values()))
-    return Strip(clean(key[0]), clean(key[1]), cases, top + half, half, "".join(right), dots)
+    joined = {status: "".join(parts) for status, parts in paths.items()}
+    return Strip(clean(key[0]), clean(key[1]), cases, top + half, half, named, joined)
+
+
+def _drawn(stack: list[Row], share: int) -> list[Row]:
+    """Every row that is not right, and one in `share` of those that are."""
+    right = [row for row in stack if row["status"] == "right"]
+    return [row for row in stack if row["status"] != "right"] + right[::share]
 
 
 def _heights(amount: int, middle: float, half: float) -> list[float]:

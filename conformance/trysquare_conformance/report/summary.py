@@ -125,8 +125,8 @@ def _cell(rows: list[Row] | None, lane: Lane) -> Cell | None:
 
 
 def headline(cell: Cell) -> str:
-    """What a cell says first: its margin, or its status where there is none."""
-    return cell.status if cell.margin is None else figure(cell.margin)
+    """What a cell says first: its margin, or its status where there is none to go by."""
+    return cell.status if cell.margin is None or cell.status == "could not tell" else figure(cell.margin)
 
 
 def groups(result: Result) -> list[Group]:

@@ -11,7 +11,9 @@ from trysquare_conformance.report.schema import Result, Row
 from trysquare_conformance.report.text import clean, count, duration, exact, figure, roundoff
 
 SHOWN = 10
-MATRIX_HEAD, MATRIX_CELL = 26, 20  # columns that the head of a line and a lane take, roughly
+HEAD = "worst margin"
+
+Column = tuple[str, list[Text]]
 
 
 def render(result: Result, console: Console) -> None:
@@ -28,17 +30,37 @@ def _render(result: Result, console: Console) -> None:
 
 
 def _matrix(result: Result, console: Console) -> None:
+    """The matrix of the lanes that ran, in as many tables as the width asks for."""
     lines = summary.matrix(result)
-    ran = [index for index, lane in enumerate(result["lanes"]) if lane["status"] == "ran"]
-    across = max(1, (console.width - MATRIX_HEAD) // MATRIX_CELL)
-    for start in range(0, len(ran) if lines else 0, across):
-        part = ran[start : start + across]
-        table = simple_table("worst margin", "dtype", *(result["lanes"][i]["name"] for i in part), numbers=len(part))
-        for line in lines:
-            cells = [_cell(line.cells[index]) for index in part]
-            table.add_row(Text(clean(line.algorithm)), Text(clean(line.dtype)), *cells)
+    heads = [(Text(clean(line.algorithm)), Text(clean(line.dtype))) for line in lines]
+    widths = [(max(len(HEAD), algorithm.cell_len), dtype.cell_len) for algorithm, dtype in heads]
+    room = console.width - sum(max(widths, default=(0, 0))) - 4
+    columns = [
+        (lane["name"], [_cell(line.cells[index]) for line in lines])
+        for index, lane in enumerate(result["lanes"])
+        if lines and lane["status"] == "ran"
+    ]
+    for part in _fitting(columns, max(room, 20)):
+        table = simple_table(HEAD, "dtype", *(name for name, _ in part), numbers=len(part))
+        for head, *cells in zip(heads, *(cells for _, cells in part), strict=True):
+            table.add_row(*head, *cells)
         console.print()
         console.print(table)
+
+
+def _fitting(columns: list[Column], room: int) -> Iterator[list[Column]]:
+    """The columns in groups that are no wider than the room, or of one column."""
+    group: list[Column] = []
+    left = room
+    for column in columns:
+        width = max(len(column[0]), *(cell.cell_len for cell in column[1])) + 3
+        if group and width > left:
+            yield group
+            group, left = [], room
+        group.append(column)
+        left -= width
+    if group:
+        yield group
 
 
 def _cell(cell: summary.Cell | None) -> Text:
