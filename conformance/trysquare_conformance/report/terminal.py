@@ -33,8 +33,8 @@ def _matrix(result: Result, console: Console) -> None:
     """The matrix of the lanes that ran, in as many tables as the width asks for."""
     lines = summary.matrix(result)
     heads = [(Text(clean(line.algorithm)), Text(clean(line.dtype))) for line in lines]
-    widths = [(max(len(HEAD), algorithm.cell_len), dtype.cell_len) for algorithm, dtype in heads]
-    room = console.width - sum(max(widths, default=(0, 0))) - 4
+    names, dtypes = max([len(HEAD), *(a.cell_len for a, _ in heads)]), max([5, *(b.cell_len for _, b in heads)])
+    room = console.width - names - dtypes - 4
     columns = [
         (lane["name"], [_cell(line.cells[index]) for line in lines])
         for index, lane in enumerate(result["lanes"])

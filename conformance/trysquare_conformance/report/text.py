@@ -34,10 +34,17 @@ def figure(value: float | str | None) -> str:
         return "–"
     if not math.isfinite(amount):
         return "NaN" if math.isnan(amount) else "∞" if amount > 0 else "−∞"
+    if amount != 1 and round(amount, SIGNIFICANT - 1) == 1:
+        return _beside_1(amount)
     mantissa, exponent = f"{amount:.{SIGNIFICANT - 1}e}".split("e")
     if amount == 0 or -3 < int(exponent) < SIGNIFICANT:
         return f"{amount:.{max(0, SIGNIFICANT - 1 - int(exponent))}f}" if amount else "0"
     return f"{mantissa}e{int(exponent)}"
+
+
+def _beside_1(amount: float) -> str:
+    """As many digits as tell the number from 1, where a margin turns from right to wrong."""
+    return next(text for digits in range(SIGNIFICANT, 18) if float(text := f"{amount:.{digits}g}") != 1)
 
 
 def typeset(value: float | str | None) -> str:
