@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import griffe
 from mkdocs.exceptions import PluginError
@@ -13,32 +13,33 @@ if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
 
 ROOTS = ("reference", "fast", "conformance")
+Item: TypeAlias = griffe.Object | griffe.Alias
 PACKAGES = ("trysquare_reference", "trysquare")
 
 
 def on_env(env: object, config: MkDocsConfig, **_: object) -> object:
     """MkDocs calls this once every page is rendered, when mkdocstrings knows each name that it has shown."""
-    shown = set(config.plugins["mkdocstrings"].handlers.inventory)
-    public = {name: documented for package in PACKAGES for name, documented in public_names(package)}
-    problems = [f"{name} stands on no page" for name in sorted(public) if name not in shown]
-    problems += [f"{name} has no docstring" for name, documented in sorted(public.items()) if not documented]
+    mkdocstrings: Any = config.plugins["mkdocstrings"]
+    shown = set(mkdocstrings.handlers.inventory)
+    public = [found for package in PACKAGES for found in public_objects(package)]
+    problems = [f"{item.path} stands on no page" for exported, item in public if not {exported, item.path} & shown]
+    problems += [f"{item.path} has no docstring" for _, item in public if not item.has_docstring]
     if problems:
-        raise PluginError("public names without documentation:\n  " + "\n  ".join(problems))
+        raise PluginError("public names without documentation:\n  " + "\n  ".join(sorted(problems)))
     return env
 
 
-def public_names(package: str) -> Iterator[tuple[str, bool]]:
-    """Dotted names that users may import, with whether each is documented: exports and their public members."""
-    loaded = griffe.load(package, search_paths=ROOTS, resolve_aliases=True)
-    for export in loaded.exports or ():
-        name = str(export)
-        yield from members(loaded[name], f"{package}.{name}")
+def public_objects(package: str) -> Iterator[tuple[str, Item]]:
+    """What users may import, by exported name: a package's exports and their public members."""
+    loaded = griffe.load(package, search_paths=ROOTS)
+    for name in map(str, loaded.exports or ()):
+        defined = loaded.imports[name]  # a function may have the name of the module that it stands in
+        yield from members(f"{package}.{name}", loaded[defined.removeprefix(f"{package}.")])
 
 
-def members(item: griffe.Object | griffe.Alias, name: str) -> Iterator[tuple[str, bool]]:
+def members(exported: str, item: Item) -> Iterator[tuple[str, Item]]:
     """An object and what is public inside it. What a class inherits from torch is torch's to document."""
-    yield name, item.has_docstring
-    inside = item.members.values() if item.is_module or item.is_class else ()
-    for member in inside:
+    yield exported, item
+    for member in item.members.values() if item.is_module or item.is_class else ():
         if not member.name.startswith("_") and not member.is_alias and (member.is_function or member.is_class):
-            yield from members(member, f"{name}.{member.name}")
+            yield from members(f"{exported}.{member.name}", member)
