@@ -83,6 +83,24 @@ def row(
     }
 
 
+def machine() -> dict[str, Any]:
+    """A small machine without a GPU."""
+    return {
+        "python": "3.12.4",
+        "platform": "Linux-6.1-x86_64-with-glibc2.36",
+        "cpu": "AMD EPYC 9R14",
+        "cores": 2,
+        "torch": "2.13.0+cpu",
+        "numpy": "2.3.4",
+        "triton": None,
+        "gpu": None,
+        "driver": None,
+        "flags": {"allow_tf32": False, "float32_matmul_precision": "highest", "TRITON_DEFAULT_FP_FUSION": "1"},
+        "trysquare": "0.1.0",
+        "dolphinflow_module": "the alias of trysquare",
+    }
+
+
 def result(rows: list[dict[str, Any]] | None = None, verdict: str = "right") -> dict[str, Any]:
     """A result with these rows, or with one that is right."""
     rows = [row("dolphinflow/vector/fp32/96x40", "eager-cpu")] if rows is None else rows
@@ -94,20 +112,7 @@ def result(rows: list[dict[str, Any]] | None = None, verdict: str = "right") -> 
         "started": "2025-11-22T10:12:41+00:00",
         "seconds": 203.4,
         "command": "trysquare verify --tier standard",
-        "machine": {
-            "python": "3.12.4",
-            "platform": "Linux-6.1-x86_64-with-glibc2.36",
-            "cpu": "AMD EPYC 9R14",
-            "cores": 2,
-            "torch": "2.13.0+cpu",
-            "numpy": "2.3.4",
-            "triton": None,
-            "gpu": None,
-            "driver": None,
-            "flags": {"allow_tf32": False, "float32_matmul_precision": "highest", "TRITON_DEFAULT_FP_FUSION": "1"},
-            "trysquare": "0.1.0",
-            "dolphinflow_module": "the alias of trysquare",
-        },
+        "machine": machine(),
         "lanes": [
             lane("eager-cpu"),
             lane("compiled-cpu"),
