@@ -1,10 +1,9 @@
 r"""StableMax, a softmax that grows linearly, and its cross-entropy with the conventions of `F.cross_entropy`.
 
-With :math:`s(x) = 1 + x` for :math:`x \ge 0`, :math:`1 / (1 - x)` for :math:`x < 0` and
-:math:`\gamma(x) = \log s(x) = \mathrm{sign}(x) \log(1 + |x|)`:
+With $s(x) = 1 + x$ for $x \ge 0$, $1 / (1 - x)$ for $x < 0$ and
+$\gamma(x) = \log s(x) = \mathrm{sign}(x) \log(1 + |x|)$:
 
-.. math::
-    p_k = s(x_k) / \sum_j s(x_j), \qquad \log p_k = \gamma_k - \log \sum_j e^{\gamma_j}.
+$$ p_k = s(x_k) / \sum_j s(x_j), \qquad \log p_k = \gamma_k - \log \sum_j e^{\gamma_j}. $$
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from trysquare import _cross_entropy, _stablemax_autograd
 
 
 def stablemax(x: Tensor, dim: int) -> Tensor:
-    r"""Probabilities :math:`p_k = s(x_k) / \sum_j s(x_j)` over a dimension.
+    r"""Probabilities $p_k = s(x_k) / \sum_j s(x_j)$ over a dimension.
 
     Half-precision logits are computed in float32 and come back in their own dtype, under autocast as float32. A logit
-    of :math:`-\infty` has probability 0 and gradient 0; one of :math:`+\infty`, or nothing but :math:`-\infty`, gives
+    of $-\infty$ has probability 0 and gradient 0; one of $+\infty$, or nothing but $-\infty$, gives
     NaN, as in softmax. It can be differentiated more than once.
 
     Args:
@@ -42,7 +41,7 @@ def stablemax(x: Tensor, dim: int) -> Tensor:
 
 
 def log_stablemax(x: Tensor, dim: int) -> Tensor:
-    r"""Logarithm of the probabilities, :math:`\log p_k`, over a dimension; nothing overflows and no loss is capped.
+    r"""Logarithm of the probabilities, $\log p_k$, over a dimension; nothing overflows and no loss is capped.
 
     For precision, autocast, infinities and double differentiation see `stablemax`.
 
@@ -73,10 +72,9 @@ def stablemax_cross_entropy(
 ) -> Tensor:
     r"""Cross-entropy of StableMax: `torch.nn.functional.cross_entropy` with another softmax.
 
-    .. math::
-        \ell = -\sum_k a_k \log p_k, \qquad a_k = w_k \bigl((1 - \alpha)\,t_k + \alpha / C\bigr),
+    $$ \ell = -\sum_k a_k \log p_k, \qquad a_k = w_k \bigl((1 - \alpha)\,t_k + \alpha / C\bigr), $$
 
-    where :math:`t_k = [k = y]` for a class index :math:`y`. "mean" divides the sum by :math:`\sum_i w_{y_i}` over the
+    where $t_k = [k = y]$ for a class index $y$. "mean" divides the sum by $\sum_i w_{y_i}$ over the
     targets that are not ignored, or by the number of positions where the target holds probabilities. If every target is
     ignored it is NaN, and the gradient 0. Ignored positions have gradient 0 whatever their logits are.
 
@@ -87,10 +85,10 @@ def stablemax_cross_entropy(
     Args:
         input: logits of shape (C), (N, C) or (N, C, d₁, …).
         target: class indices of shape (), (N) or (N, d₁, …), int64; or class probabilities of the shape of ``input``.
-        weight: weight :math:`w` of each class, shape (C).
+        weight: weight $w$ of each class, shape (C).
         ignore_index: targets with this index do not count.
         reduction: "mean", "sum" or "none".
-        label_smoothing: :math:`\alpha` in [0, 1].
+        label_smoothing: $\alpha$ in [0, 1].
 
     Returns:
         A 0-dim tensor; for reduction "none" one loss for each position. Probabilities, and weights beside them, get
