@@ -15,7 +15,7 @@ mean square of real rounding over the model's: the model's relative error is uni
 **As a whole.** The error of each draw has a 2-norm, before and after it is rounded to the storage format. A tensor is
 allowed
 
-    max(‖floor‖₂, SLACK·(mean + multiple(D)·deviation))
+    max(½·‖floor‖₂, SLACK·(mean + multiple(D)·deviation))
 
 with the mean of the norms after rounding, and the larger of the two standard deviations (rounding to a coarse format
 hides how the result itself scatters). With many independent errors the deviation is small, and the norm is allowed
@@ -23,7 +23,8 @@ little more than one spread, far less than its entries. With one entry, or one d
 says about what the entry's rule says. SLACK is for what an implementation rounds and the equations do not show, such as
 a correction kept as a factor.
 
-**Floor.** Half a unit in the last place of what is stored, from the format itself: one rounding.
+**Floor.** One unit in the last place of what is stored: an entry may be kept as either neighbour. As a whole a tensor
+is held to half of that, to rounding to nearest: truncation would show.
 
 **Discontinuities are sets.** Where the draws of an entry fall into two groups further apart than `multiple(D)` times
 the scatter within the groups, an answer near either group is right and one between them is not.
@@ -82,16 +83,16 @@ class Stored:
         beyond = np.abs(self.offset + result) > self.largest * (1 + self.unit_roundoff)
         return np.where(beyond, np.copysign(np.inf, result), result)
 
-    def half_ulp(self, magnitude: Array) -> Array:
-        """The largest error of rounding a number of this magnitude."""
-        binade = np.ldexp(1.0, np.frexp(magnitude)[1] - 1)
-        return np.asarray(np.maximum(self.unit_roundoff * binade, self.smallest / 2))
+    def ulp(self, magnitude: Array) -> Array:
+        """The distance between two stored numbers of this magnitude."""
+        binade = np.ldexp(1.0, np.frexp(magnitude)[1])
+        return np.asarray(np.maximum(self.unit_roundoff * binade, self.smallest))
 
     def round(self, result: Array) -> Array:
         """The result as it is read back: rounded to nearest when it was stored."""
         whole = self.offset + result
-        ulp = 2 * self.half_ulp(np.abs(whole))
-        return np.where(ulp > 0, np.rint(whole / ulp) * ulp - self.offset, result)
+        ulp = self.ulp(np.abs(whole))
+        return np.asarray(np.rint(whole / ulp) * ulp - self.offset)
 
 
 STORED = {
@@ -113,7 +114,7 @@ class Budget:
         undetermined: Entries that are not judged.
         non_finite: Entries that must be infinite or NaN.
         spread: σ of each entry.
-        floor: One rounding of each entry.
+        floor: One unit in the last place of each entry as it is stored.
         norm_spread: Mean plus multiple deviations of the draws' norms.
         multiple: Of the spread, in `element`.
         draws: How many there were.
@@ -214,14 +215,14 @@ def _budget(reference: Array, samples: Array, stored: Stored) -> Budget:
     spread = np.sqrt(np.mean(np.square(errors), axis=0))
     scatter = multiple(draws) * spread
     largest = np.maximum(np.abs(stored.offset + low), np.abs(stored.offset + high))
-    floor = np.where(judged, stored.half_ulp(np.where(judged, largest, 0.0) + scatter), 0.0)
+    floor = np.where(judged, stored.ulp(np.where(judged, largest, 0.0) + scatter), 0.0)
     norm_spread = _norm_spread(errors, np.where(judged, _distance(stored.round(samples), low, high), 0.0))
     return Budget(
         reference=reference,
         low=np.where(judged, low, reference),
         high=np.where(judged, high, reference),
         element=floor + scatter,
-        norm=max(_norm(floor), SLACK * norm_spread),
+        norm=max(_norm(floor) / 2, SLACK * norm_spread),
         undetermined=~judged & (finite | finite_draws.any(axis=0)),
         non_finite=~finite & ~finite_draws.any(axis=0),
         spread=spread,
@@ -316,10 +317,10 @@ def judge(budget: Budget, observed: Array) -> Margin:
     judged = ~budget.undetermined & ~budget.non_finite
     with np.errstate(all="ignore"):
         distance = np.where(judged, _distance(observed, budget.low, budget.high), 0.0)
-        element = np.where(judged, distance / budget.element, 0.0)
+        element = np.where(judged & (distance > 0), distance / budget.element, 0.0)
         element = np.where(judged & ~np.isfinite(observed), np.inf, element)
         element = np.where(budget.non_finite & np.isfinite(observed), np.inf, element)
-        norm = _norm(distance) / budget.norm if judged.any() else 0.0
+        norm = float(np.divide(_norm(distance), budget.norm)) if distance.any() else 0.0
     worst = tuple(int(i) for i in np.unravel_index(np.argmax(element), element.shape))
     return Margin(
         norm=math.inf if math.isnan(norm) or np.isinf(element).any() else norm,
