@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from mkdocs.exceptions import PluginError
@@ -17,7 +17,7 @@ from trysquare_conformance import cli, inputs
 from trysquare_conformance.report import schema, summary, text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
 ROOT = Path(__file__).parents[2]
 RESULTS = (ROOT / "reports" / "conformance.json", ROOT / "reports" / "quick.json")
@@ -53,7 +53,7 @@ def budgets() -> str:
 
 def budget_row(key: tuple[str, str, str], rows: list[schema.Row]) -> list[str]:
     """One line: the range of each number over the cases of a group."""
-    known = [row["budget"] for row in rows if row["budget"]]
+    known: list[Mapping[str, Any]] = [row["budget"] for row in rows if row["budget"]]
     shown = ("unit_roundoff", "draws", "multiple", "allowed")
     spans = [span(float(budget[name]) for budget in known) for name in shown]
     peak = summary.worst(rows)
