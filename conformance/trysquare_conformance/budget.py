@@ -85,7 +85,7 @@ class Stored:
 
     def ulp(self, magnitude: Array) -> Array:
         """The distance between two stored numbers of this magnitude."""
-        binade = np.ldexp(1.0, np.frexp(magnitude)[1])
+        binade = np.where(magnitude == 0, 0.0, np.ldexp(1.0, np.frexp(magnitude)[1]))
         return np.asarray(np.maximum(self.unit_roundoff * binade, self.smallest))
 
     def round(self, result: Array) -> Array:

@@ -59,7 +59,9 @@ class Arithmetic:
     smallest: float
 
 
-FLOAT64 = Arithmetic("float64", 2.0**-53, 2.0**-53, 0.0, 0.0, float(np.finfo(np.float64).max), 2.0**-1074)
+FLOAT64 = Arithmetic("float64", 2.0**-52, 2.0**-52, 0.0, 0.0, float(np.finfo(np.float64).max), 2.0**-1074)
+"""Twice its unit roundoff: the reference computes in the same format and rounds too, and less would vanish in that."""
+
 FLOAT32 = Arithmetic("float32", 2.0**-24, 2.0**-24, 0.0, 0.0, (2 - 2.0**-23) * 2.0**127, 2.0**-149)
 BFLOAT16 = Arithmetic("bfloat16", 2.0**-8, 2.0**-24, 0.0, 2.0**-8, (2 - 2.0**-7) * 2.0**127, 2.0**-133)
 FLOAT16 = Arithmetic("float16", 2.0**-11, 2.0**-24, 0.0, 2.0**-11, 65504.0, 2.0**-24)
