@@ -91,20 +91,20 @@ class Source:
     def __init__(self, arithmetic: Arithmetic, rng: np.random.Generator) -> None:
         self.arithmetic = arithmetic
         self._rng = rng
-        self._constants: dict[float, float] = {}
+        self._constants: dict[float, Plain] = {}
 
     def key(self) -> np.uint64:
         """A fresh key for one operation."""
         return np.uint64(self._rng.bit_generator.random_raw())
 
-    def constant(self, value: float) -> float:
+    def constant(self, value: float) -> Plain:
         """A Python number as the format holds it: exact if it can, else off by up to one unit roundoff."""
-        u = self.arithmetic.elementwise
-        significand = math.frexp(value)[0] / u if math.isfinite(value) else 0.0
-        if significand == math.floor(significand):
-            return value
         if value not in self._constants:
-            self._constants[value] = value * (1 + u * self._rng.uniform(-1, 1))
+            u = self.arithmetic.elementwise
+            significand = math.frexp(value)[0] / u if math.isfinite(value) else 0.0
+            exact = significand == math.floor(significand) and abs(value) >= self.arithmetic.smallest
+            x = np.asarray(value)
+            self._constants[value] = _perturb(x, u * np.abs(x), np.asarray(exact), self.arithmetic, self.key())
         return self._constants[value]
 
 
@@ -222,18 +222,17 @@ def _plain_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name in {"axis", "keepdims"}}
 
 
-def _operand(x: Any, source: Source) -> Plain:
+def _operand(x: Any, arithmetic: Arithmetic, source: Source) -> Plain:
     """The values of an operand; a Python number as the format holds it."""
-    if isinstance(x, (float, int)) and not isinstance(x, bool):
-        return np.asarray(source.constant(float(x)))
+    if isinstance(x, (float, int)) and arithmetic is source.arithmetic:
+        return source.constant(float(x))
     return np.asarray(x)
 
 
 def _call(ufunc: np.ufunc, arithmetic: Arithmetic, source: Source, inputs: Any, options: dict[str, Any]) -> Any:
     if ufunc is np.matmul:
         return _product(arithmetic, source, *(np.asarray(x) for x in inputs))
-    operands = inputs if arithmetic is FLOAT64 else [_operand(x, source) for x in inputs]
-    operands = [np.asarray(x) for x in operands]
+    operands = [_operand(x, arithmetic, source) for x in inputs]
     result = ufunc(*operands, **options)
     if ufunc in _EXACT:
         return result
@@ -315,13 +314,20 @@ def _magnitude(x: Plain) -> Plain:
 
 def _is_exact(ufunc: np.ufunc, operands: list[Plain]) -> Plain:
     """Where the operation has no rounding error whatever the format: the other operand says so."""
-    if ufunc in {np.add, np.subtract}:
+    if ufunc is np.add or ufunc is np.subtract:
         return np.asarray((operands[0] == 0) | (operands[1] == 0))
     if ufunc is np.multiply:
-        return _is_power_of_two(operands[0]) | _is_power_of_two(operands[1])
+        return _any_power_of_two(*operands)
     if ufunc is np.divide:
         return _is_power_of_two(operands[1])
     return np.asarray(False)
+
+
+def _any_power_of_two(a: Plain, b: Plain) -> Plain:
+    """Where either is a power of two. Of a scalar and an array the scalar decides, which is quicker."""
+    if a.ndim == 0 or b.ndim == 0:
+        return _is_power_of_two(a if a.ndim == 0 else b)
+    return _is_power_of_two(a) | _is_power_of_two(b)
 
 
 def _is_power_of_two(x: Plain) -> Plain:
