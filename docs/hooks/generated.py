@@ -55,14 +55,15 @@ def budget_row(key: tuple[str, str, str], rows: list[schema.Row]) -> list[str]:
     """One line: the range of each number over the cases of a group."""
     known: list[Mapping[str, Any]] = [row["budget"] for row in rows if row["budget"]]
     shown = ("unit_roundoff", "draws", "multiple", "allowed")
-    spans = [span(float(budget[name]) for budget in known) for name in shown]
+    spans = [span(budget[name] for budget in known) for name in shown]
     peak = summary.worst(rows)
-    return [*key, str(len(rows)), *spans, text.figure(peak["margin"]) if peak else "–"]
+    cells = [*key, str(len(rows)), *spans, text.figure(peak["margin"]) if peak else "–"]
+    return [cell.replace("-", "\N{NON-BREAKING HYPHEN}") for cell in cells]
 
 
-def span(values: Iterable[float]) -> str:
+def span(values: Iterable[schema.Number]) -> str:
     """`1.2e-7`, or `1.2e-7 … 3.4e-5` where they differ."""
-    shown = [text.figure(value) for value in sorted(set(values))]
+    shown = [str(v) if isinstance(v, int) else text.figure(v) for v in sorted(set(values), key=float)]
     return " … ".join(dict.fromkeys([shown[0], shown[-1]])) if shown else "–"
 
 
@@ -78,8 +79,8 @@ def command_line() -> str:
 
 
 def help_text(command: str) -> str:
-    """What `--help` prints, 100 columns wide and without colour."""
-    environment = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
+    """What `--help` prints, 84 columns wide and without colour."""
+    environment = {**os.environ, "COLUMNS": "84", "TERM": "dumb", "NO_COLOR": "1"}
     line = [sys.executable, "-m", "trysquare_conformance", *command.split(), "--help"]
     said = subprocess.run(line, env=environment, check=True, capture_output=True, text=True).stdout
     return "\n".join(row.rstrip() for row in said.strip().splitlines())

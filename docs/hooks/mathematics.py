@@ -10,7 +10,7 @@ from mkdocs.exceptions import PluginError
 
 MARKED = re.compile(r'<(?P<tag>div|span) class="arithmatex">\\[\[(](?P<latex>.*?)\\[\])]</(?P=tag)>', re.DOTALL)
 # A named function among its neighbours; not where a fraction or an index counts its children.
-NAMED = r"(?<!sub>)(?<!sup>)(?<!frac>)(?<!under>)(?<!over>)<mi>[a-z0-9]{2,}</mi>"
+NAMED = r"(?<!<msub>)(?<!<msup>)(?<!<mfrac>)(?<!<munder>)(?<!<mover>)<mi>[a-z0-9]{2,}</mi>"
 # What the converter leaves to the browser, which spaces a named function as a variable and a bar as an operator.
 SPACING = (
     (re.compile(r"<mo>([a-z0-9]{2,})</mo>"), r"<mi>\1</mi>"),
@@ -28,9 +28,9 @@ def on_page_content(markup: str, **_: object) -> str:
 
 def to_mathml(latex: str, *, block: bool) -> str:
     """One formula. What the converter does not know would stand in the page as LaTeX, so it stops the build."""
-    text = html.unescape(latex).strip()
+    text = html.unescape(latex).strip().replace("{aligned}", "{split}")  # the converter's name for it
     mathml = str(convert(text, display="block" if block else "inline"))
-    unknown = re.findall(r"<m[io]>(\\[A-Za-z]+)</m[io]>", mathml)
+    unknown = re.findall(r"<m[io]>(\\[A-Za-z]+|&)</m[io]>", mathml)
     if unknown:
         raise PluginError(f"no MathML for {', '.join(unknown)} in the formula {text!r}")
     for pattern, replacement in SPACING:
