@@ -1,0 +1,34 @@
+"""Parameters of GPT-2 shape: an embedding, positions, two blocks and a final norm; 21 million entries in 15 tensors."""
+
+from collections.abc import Sequence
+
+import torch
+
+BLOCK = ((768,), (2304, 768), (768, 768), (768,), (3072, 768), (768, 3072))
+SHAPES: tuple[tuple[int, ...], ...] = ((8192, 768), (1024, 768), *BLOCK, *BLOCK, (768,))
+
+
+def shrunk(shape: Sequence[int], divisor: int = 128) -> tuple[int, ...]:
+    """The same tensor with so few entries that a step over all of them is nothing but overhead."""
+    return tuple(max(size // divisor, 1) for size in shape)
+
+
+SMALL_SHAPES = tuple(shrunk(shape) for shape in SHAPES)
+
+
+def weights(shapes: Sequence[Sequence[int]], seed: int = 0) -> list[torch.nn.Parameter]:
+    """Gaussian, as GPT-2 initialises them (σ = 0.02); norms and biases too, for their timing does not depend on it."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(0.02 * torch.randn(shape, generator=generator)) for shape in map(tuple, shapes)]
+
+
+def gradients(shapes: Sequence[Sequence[int]], seed: int) -> list[torch.Tensor]:
+    """Gaussian of a size that the clipping has something to do."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return [1e-2 * torch.randn(shape, generator=generator) for shape in map(tuple, shapes)]
+
+
+def give(parameters: Sequence[torch.nn.Parameter], grads: Sequence[torch.Tensor]) -> None:
+    """Hang the gradients on the parameters. No optimizer here writes into them, so that all may share them."""
+    for parameter, gradient in zip(parameters, grads, strict=True):
+        parameter.grad = gradient

@@ -1,0 +1,100 @@
+"""`python -m benchmarks tables [--check]`: the Markdown tables of README and docs, made from the committed results.
+
+A table stands between `<!-- table: name -->` and `<!-- /table -->`, and nobody types one.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from trysquare_conformance.demo import percent
+
+MARK = re.compile(r"(?P<begin><!-- table: (?P<name>\w+) -->\n)(?P<body>.*?)(?P<end><!-- /table -->)", re.DOTALL)
+NOT_MEASURED = "Not measured yet.\n"
+MEBIBYTE = 2**20
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int) -> str:
+    """A table whose last `numbers` columns are set flush right."""
+    rule = ["---"] * (len(head) - numbers) + ["--:"] * numbers
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *rows))
+
+
+def machine_line(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    return f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}: `{result['command']}`"
+
+
+def demo(result: dict[str, Any]) -> str:
+    """AdamW's figure is the one with softmax: it comes first."""
+    head = ("", "loss", "lr", "test accuracy", "best", "first epoch ≥ 99 %", "seconds")
+    rows = [demo_row(row) for row in result["runs"]]
+    note = f"Accuracy on the 60 % of the pairs that nobody trained on, after {result['epochs']} epochs. "
+    return f"{markdown(head, rows, 5)}\n{note}{machine_line(result)}.\n"
+
+
+def demo_row(row: dict[str, Any]) -> list[str]:
+    learnt = "never" if row["learnt_at"] is None else str(row["learnt_at"])
+    accuracies = [percent(row["final"], 1), percent(row["best"], 1)]
+    return [row["optimizer"], row["loss"], f"{row['lr']:g}", *accuracies, learnt, f"{row['seconds']:.0f}"]
+
+
+def cpu(result: dict[str, Any]) -> str:
+    head = ("", "ms", "of copy bandwidth", "scratch, MiB", "first step, ms", "float64 error", "margin")
+    table = markdown(head, [cpu_row(row) for row in result["rows"]], 6)
+    ratios = markdown(("ratio", "measured", "bar"), [ratio_row(row) for row in result["ratios"]], 2)
+    ceilings, imports = result["ceilings"], result["import_ms"]
+    note = (
+        f"Medians of {result['rounds']} interleaved rounds on {result['threads']} threads; copying moves "
+        f"{ceilings['copy_gb_per_s']:.1f} GB/s and float32 products make {ceilings['matmul_gflop_per_s']:.0f} GFLOP/s "
+        f"in the same run. `import trysquare` adds {imports['trysquare']:.0f} ms to the {imports['torch']:.0f} ms of "
+        f"`import torch`. {machine_line(result)}.\n"
+    )
+    return f"{table}\n{ratios}\n{note}"
+
+
+def cpu_row(row: dict[str, Any]) -> list[str]:
+    of_copy = "–" if row["of_copy"] is None else percent(row["of_copy"])
+    margin = "–" if row["margin"] is None else f"{row['margin']:.2f}"
+    times = [f"{row['median_ms']:.1f}", of_copy, f"{row['peak_bytes'] / MEBIBYTE:.1f}", f"{row['cold_start_ms']:.0f}"]
+    return [row["name"], *times, f"{row['error']:.0e}", margin]
+
+
+def ratio_row(row: dict[str, Any]) -> list[str]:
+    return [f"{row['slower']} / {row['faster']}", f"{row['ratio']:.2f}", row.get("bar", "–")]
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "cpu": cpu}
+
+
+def body(name: str) -> str:
+    """One table for each machine that has a result."""
+    return "\n".join(TABLES[name](result) for result in results.load(name)) or NOT_MEASURED
+
+
+def filled(text: str) -> str:
+    """The page with every marked table replaced."""
+    return MARK.sub(lambda found: f"{found['begin']}{body(found['name'])}{found['end']}", text)
+
+
+def pages() -> list[Path]:
+    return [results.ROOT / "README.md", *sorted((results.ROOT / "docs").rglob("*.md"))]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the tables, or with --check only say which pages are not what the results say."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks tables", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a page differs")
+    check = parser.parse_args(arguments).check
+    texts = {page: page.read_text(encoding="utf-8") for page in pages()}
+    stale = {page: filled(text) for page, text in texts.items() if filled(text) != text}
+    if stale and check:
+        names = ", ".join(str(page.relative_to(results.ROOT)) for page in stale)
+        sys.exit(f"{names}: not what the results say; `python -m benchmarks tables` writes it")
+    for page, text in stale.items():
+        page.write_text(text, encoding="utf-8")
+        print(f"wrote {page.relative_to(results.ROOT)}")
