@@ -1,4 +1,4 @@
-"""Which implementation of an update runs. An explicit request that cannot be met raises; ``"auto"`` chooses and says so."""
+"""Which implementation of an update runs. A request that cannot be met raises; ``"auto"`` chooses and says so."""
 
 from __future__ import annotations
 
@@ -60,7 +60,14 @@ def _compiled(function: Callable[..., Any], *static: Any) -> Callable[..., Any]:
     return torch.compile(own, dynamic=True, fullgraph=True)
 
 
+def scalars(backend: str, values: list[float | torch.Tensor]) -> list[float | torch.Tensor]:
+    """Hyperparameters as a backend takes them: floats, or 0-dim tensors for a compiled update."""
+    if backend != "compiled" or torch.compiler.is_compiling():
+        return values
+    return [value if isinstance(value, torch.Tensor) else _scalar(float(value)) for value in values]
+
+
 @functools.lru_cache(maxsize=1024)
-def scalar(value: float) -> torch.Tensor:
+def _scalar(value: float) -> torch.Tensor:
     """A float as a 0-dim tensor: a compiled update takes a new value without being compiled again."""
     return torch.tensor(value, dtype=torch.float64)

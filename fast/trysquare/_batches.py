@@ -1,4 +1,4 @@
-"""Parameters of one shape are stepped together: which belong together, and how a batch is cut to a bounded workspace."""
+"""Parameters of one shape are stepped together: which those are, and how a batch is cut to a bounded workspace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCRATCH = 5
 """Scratch tensors of an eager update, an upper bound: clipped gradient, product, update, root, float32 parameter."""
 
 STACKED = 4
-"""Parameters are copied into one batch if at least this many fit into the workspace; larger ones are stepped in place."""
+"""Parameters are copied into one batch if at least so many fit into the workspace; larger ones are stepped in place."""
 
 WORKSPACE_BYTES = {"cpu": 4 << 20}
 """Measured on two cores with 1 MiB of second-level cache each (benchmarks/results); other devices: not measured."""
@@ -37,11 +37,21 @@ class Batch(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What one call of an update gets: operands of shape (B, R, C), and where the written ones go if they are copies."""
+    """What one call of an update gets: operands of shape (B, R, C), and where the written ones go if copied."""
 
     operands: list[Tensor]
     members: slice
     copies: list[tuple[list[Tensor], Tensor]]
+
+    def snapshot(self, finite: Tensor | None) -> list[Tensor]:
+        """Copies of what is about to be written, if the step may have to be taken back."""
+        return [] if finite is None else [tensor.clone() for tensor in self.operands[1:]]
+
+    def restore(self, before: list[Tensor], finite: Tensor | None) -> None:
+        """Put the copies back where ``finite`` is false, without reading it."""
+        if finite is not None:
+            for tensor, old in zip(self.operands[1:], before, strict=True):
+                tensor.copy_(torch.where(finite.to(tensor.device), tensor, old))
 
     def store(self) -> None:
         """Write back what was copied in."""

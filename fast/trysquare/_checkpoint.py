@@ -23,12 +23,12 @@ Layout = Callable[[dict[str, Any], Tensor], Mapping[str, Any]]
 def after_hooks(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """What the pre-hooks make of a shallow copy of the state dict, as in torch."""
     state_dict = state_dict.copy()
-    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():  # noqa: SLF001 (torch offers no other way)
         result = hook(optimizer, state_dict)
         state_dict = state_dict if result is None else result
     missing = {"state", "param_groups"} - state_dict.keys()
     if missing:
-        raise ValueError(f"state_dict has no key {sorted(missing)[0]!r}: it is no optimizer's state_dict()")
+        raise ValueError(f"state_dict has no key {min(missing)!r}: it is no optimizer's state_dict()")
     return state_dict
 
 
@@ -55,7 +55,7 @@ def checked_groups(
 
 
 def checked_state(
-    optimizer: Optimizer, state_dict: Mapping[str, Any], groups: list[dict[str, Any]], layout: Layout
+    state_dict: Mapping[str, Any], groups: list[dict[str, Any]], layout: Layout
 ) -> defaultdict[Tensor, dict[str, Any]]:
     """Copies of the saved state on the parameters' devices. A parameter without state has not been stepped yet."""
     state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
@@ -68,7 +68,7 @@ def checked_state(
             state[parameter] = {n: t.detach().to(parameter.device, copy=True) for n, t in entries.items()}
     foreign = state_dict["state"].keys() - known
     if foreign:
-        raise ValueError(f"state_dict: state for {sorted(foreign, key=str)[0]!r}, which no group lists")
+        raise ValueError(f"state_dict: state for {min(foreign, key=str)!r}, which no group lists")
     return state
 
 
@@ -87,7 +87,7 @@ def _check_entries(entries: Any, layout: Mapping[str, Any], where: str) -> None:
     for name, (shape, dtype) in layout.items():
         tensor = entries[name]
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"{where}: {name} is a {type(tensor).__name__}; expected a tensor")
+            raise TypeError(f"{where}: {name} is a {type(tensor).__name__}; expected a tensor")
         if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
             raise ValueError(
                 f"{where}: {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; "

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -22,7 +21,7 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True)
 class Number:
-    """A finite float (or int) in an interval; with ``tensor`` also a 0-dim floating-point tensor, with ``none`` None."""
+    """A finite float (or int) in an interval; with ``tensor`` also a 0-dim float tensor, with ``none`` None."""
 
     low: float = 0.0
     high: float = math.inf
@@ -105,17 +104,13 @@ def check_tensors(constraints: Mapping[str, Constraint], values: Mapping[str, An
     """Check the value of tensor hyperparameters, which reads them: at construction and load only."""
     for name, constraint in constraints.items():
         value = values[name]
-        if isinstance(value, Tensor) and isinstance(constraint, Number):
-            if value.is_meta or not constraint.contains(float(value)):
-                raise ValueError(f"{where}: {name}={value!r} must be {constraint.words}")
+        if not isinstance(value, Tensor) or not isinstance(constraint, Number):
+            continue
+        if value.is_meta or not constraint.contains(float(value)):
+            raise ValueError(f"{where}: {name}={value!r} must be {constraint.words}")
 
 
 def check_workspace(value: Any) -> None:
     """``workspace_bytes`` is an int > 0 or None for the device's measured default."""
     if value is not None and not Integer(1).allows(value):
         raise ValueError(f"workspace_bytes={value!r} must be None or an int >= 1")
-
-
-def supported_dtypes() -> frozenset[torch.dtype]:
-    """The dtypes that a parameter may have."""
-    return frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})

@@ -96,15 +96,20 @@ def _check_indices(x: Tensor, target: Tensor, ignore_index: int) -> None:
 
 def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
     """Reads the values, which only costs nothing on the CPU."""
-    counted = target[target != ignore_index]
-    if not counted.numel():
+    if not target.numel() or _within(target, classes):
         return
-    for index in (int(value) for value in counted.aminmax()):
-        if not 0 <= index < classes:
-            raise IndexError(
-                f"target contains {index}: a class index must be from 0 to {classes - 1} (input has {classes} classes) "
-                f"or ignore_index={ignore_index}"
-            )
+    counted = target[target != ignore_index]
+    if counted.numel() and not _within(counted, classes):
+        wrong = int(counted[(counted < 0) | (counted >= classes)][0])
+        raise IndexError(
+            f"target contains {wrong}: a class index must be from 0 to {classes - 1} (input has {classes} classes) "
+            f"or ignore_index={ignore_index}"
+        )
+
+
+def _within(target: Tensor, classes: int) -> bool:
+    low, high = target.aminmax()
+    return 0 <= int(low) and int(high) < classes
 
 
 def _check_weight(x: Tensor, target: Tensor, weight: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class ParameterPlan:
 class Explanation(tuple[ParameterPlan, ...]):
     """One `ParameterPlan` a parameter, in the order of the groups; ``print`` shows a table."""
 
-    def __new__(cls, plans: Iterable[ParameterPlan]) -> Explanation:
+    __slots__ = ()
+
+    def __new__(cls, plans: Iterable[ParameterPlan]) -> Self:
         return super().__new__(cls, plans)
 
     def __str__(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from trysquare import _backend, _batches, _checkpoint, _constraints, _parameters
 from trysquare._batches import Batch
 from trysquare._explain import Explanation, ParameterPlan
+from trysquare.ops import clipping
 
 Group = dict[str, Any]
 
@@ -90,15 +91,16 @@ class BatchedOptimizer(Optimizer):
         where = f"group {len(self.param_groups)}"
         _parameters.check_keys(group, set(self._constraints), where)
         common = self.param_groups[0] if self.param_groups else self.defaults
+        group = {**{name: common[name] for name in sorted(self._global)}, **group}
+        settings = {**self.defaults, **group}
+        _constraints.check(self._constraints, settings, where)
+        _constraints.check_tensors(self._constraints, settings, where)
         for name in sorted(self._global):
-            if group.setdefault(name, common[name]) != common[name]:
+            if group[name] != common[name]:
                 raise ValueError(
                     f"{where}: {name}={group[name]!r} differs from {common[name]!r}, but it concerns all "
                     f"groups at once: give it to {type(self).__name__}(...) instead"
                 )
-        settings = {**self.defaults, **group}
-        _constraints.check(self._constraints, settings, where)
-        _constraints.check_tensors(self._constraints, settings, where)
         taken = {id(p) for g in self.param_groups for p in g["params"]}
         _parameters.check_parameters(group["params"], where, taken)
         super().add_param_group({**group, **self._carried()})
@@ -263,10 +265,25 @@ class BatchedOptimizer(Optimizer):
     def _workspace(self, device: torch.device) -> int:
         return self.workspace_bytes or _batches.default_workspace(device)
 
-    def _count_skipped(self, finite: Tensor) -> None:
+    def _gradient_norm(self, batches: Sequence[Batch]) -> Tensor:
+        """‖all gradients‖₂ as a 0-dim tensor, in float64 where the device has it."""
+        gradients = [gradient for batch in batches for gradient in batch.gradients]
+        return clipping.total_norm([self._sum_of_squares(gradient) for gradient in gradients])
+
+    def _sum_of_squares(self, gradient: Tensor) -> Tensor:
+        if self._chosen == "compiled" or torch.compiler.is_compiling():
+            return cast(Tensor, _backend.run(self._chosen, clipping.sum_of_squares, gradient.flatten()))
+        return clipping.chunked_sum_of_squares(gradient, self._workspace(gradient.device) // 16)
+
+    def _finite(self, norm: Tensor | None) -> Tensor | None:
+        """Under `nonfinite="skip"`: whether to move at all, as a 0-dim tensor; steps passed over are counted."""
+        if self.nonfinite != "skip" or norm is None:
+            return None
+        finite = norm.isfinite()
         if self._skipped.device != finite.device:
             self._skipped = self._skipped.to(finite.device)
         self._skipped.add_(~finite)
+        return finite
 
     @property
     def _chosen(self) -> str:
@@ -303,7 +320,7 @@ class BatchedOptimizer(Optimizer):
         for index, group in enumerate(groups):
             _constraints.check(self._constraints, group, f"state_dict: group {index}")
             _constraints.check_tensors(self._constraints, group, f"state_dict: group {index}")
-        state = _checkpoint.checked_state(self, state_dict, groups, self._layout)
+        state = _checkpoint.checked_state(state_dict, groups, self._layout)
         self.__setstate__({"state": state, "param_groups": groups})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)

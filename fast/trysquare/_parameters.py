@@ -25,6 +25,8 @@ def materialized(param_group: Any) -> dict[str, Any]:
     group, params = dict(param_group), param_group["params"]
     if isinstance(params, set | frozenset):
         raise TypeError("params is a set, whose order differs between runs: give a list instead")
+    if not isinstance(params, Iterable) or isinstance(params, str | Mapping):
+        raise TypeError(f"params is a {type(params).__name__}: give a list of tensors")
     group["params"] = [params] if isinstance(params, Tensor) else list(params)
     return group
 
@@ -40,11 +42,20 @@ def check_parameters(params: Iterable[Any], where: str, taken: set[int]) -> None
     """Check the parameters of a new group; ``taken`` are the ids of those that other groups have."""
     seen = set(taken)
     for position, entry in enumerate(params):
-        name, parameter = entry if isinstance(entry, tuple) else (f"parameter {position} of {where}", entry)
+        name, parameter = _named(entry, f"parameter {position} of {where}")
         check_parameter(parameter, name)
         if id(parameter) in seen:
             raise ValueError(f"{name} appears more than once: a parameter is stepped by one group, once")
         seen.add(id(parameter))
+
+
+def _named(entry: Any, place: str) -> tuple[str, Any]:
+    """Name and parameter of what a caller gave: a tensor, or a pair as of `named_parameters()`."""
+    if not isinstance(entry, tuple):
+        return place, entry
+    if len(entry) != 2 or not isinstance(entry[0], str):
+        raise TypeError(f"{place} is a tuple of {len(entry)}: give a tensor or a pair (name, tensor)")
+    return entry[0], entry[1]
 
 
 def check_parameter(parameter: Any, name: str) -> None:
@@ -59,6 +70,10 @@ def check_parameter(parameter: Any, name: str) -> None:
         raise ValueError(f"{name} is on the meta device and has no values: materialize the model first")
     if not parameter.is_leaf and not parameter.retains_grad:
         raise ValueError(f"{name} is not a leaf: detach it, or give the tensors that it was computed from")
+    if parameter.is_inference():
+        raise ValueError(f"{name} was made in torch.inference_mode() and cannot be written: clone it outside of that")
+    if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+        raise ValueError(f"{name} is expanded, its entries share memory and cannot be written: clone it")
     if hasattr(parameter, "placements"):
         raise ValueError(f"{name} is a DTensor: sharded parameters are not supported by this version of trysquare")
 

@@ -82,8 +82,8 @@ class _IndexLosses(Function):
         label_smoothing: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        counted = target != ignore_index
-        y = target.where(counted, 0)
+        ignored = target == ignore_index
+        y = target.masked_fill(ignored, 0)
         w = None if weight is None else weight.to(dtype)
         normalizer = Blockwise(ops.log_sum, [x], [], [], dtype).per_position()
         losses = ops.index_losses(_pick(x, y).to(dtype), normalizer, None if w is None else w[y])
@@ -92,7 +92,7 @@ class _IndexLosses(Function):
             losses = (1 - label_smoothing) * losses + label_smoothing / x.shape[1] * of_all
         ctx.save_for_backward(x, target, weight, normalizer)
         ctx.settings = ignore_index, label_smoothing, dtype
-        return losses.where(counted, 0)
+        return losses.masked_fill_(ignored, 0)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -100,18 +100,17 @@ class _IndexLosses(Function):
         ignore_index, label_smoothing, dtype = ctx.settings
         if _wants_second_derivative():
             return *_differentiable_gradients(ctx, g, *ctx.settings), None, None, None
-        counted = target != ignore_index
-        y = target.where(counted, 0)
-        factor = g.where(counted, 0)
+        ignored = target == ignore_index
+        y = target.masked_fill(ignored, 0)
+        factor = g.masked_fill(ignored, 0)
         w = None if weight is None else weight.to(dtype)
         w_y, w_sum = (1.0, float(x.shape[1])) if w is None else (w[y], w.sum())
         uniform = label_smoothing / x.shape[1]
-        scale = factor * ((1 - label_smoothing) * w_y + uniform * w_sum) * (-normalizer).exp()
+        scale = factor * (-normalizer).exp() * ((1 - label_smoothing) * w_y + uniform * w_sum)
         lift = uniform * factor if label_smoothing else None
-        gradient = Blockwise(ops.index_gradient, [x], [scale, lift], [w], dtype).per_entry(x)
         at_y = ops.chosen_gradient(_pick(x, y).to(dtype), normalizer, w_y, w_sum, uniform, label_smoothing) * factor
-        gradient.scatter_(1, y.unsqueeze(1), at_y.to(x.dtype).unsqueeze(1))
-        return _zero_unless(counted, gradient), None, None, None, None, None
+        gradient = Blockwise(ops.index_gradient, [x], [y, at_y, scale, lift], [w], dtype).per_entry(x)
+        return _zero_where(ignored, gradient), None, None, None, None, None
 
 
 class _ProbabilityLosses(Function):
@@ -182,9 +181,10 @@ def _pick(x: Tensor, y: Tensor) -> Tensor:
     return x.gather(1, y.unsqueeze(1)).squeeze(1)
 
 
-def _zero_unless(counted: Tensor, gradient: Tensor) -> Tensor:
+def _zero_where(ignored: Tensor, gradient: Tensor) -> Tensor:
     """Ignored positions have no gradient, not even where their logits are NaN."""
     if gradient.device.type == "cpu" and not torch.compiler.is_compiling():
-        gradient.movedim(1, -1)[~counted] = 0  # touches nothing else, but has to count them
+        if ignored.any():
+            gradient.movedim(1, -1)[ignored.nonzero(as_tuple=True)] = 0  # touches nothing else
         return gradient
-    return gradient.masked_fill_(~counted.unsqueeze(1), 0)
+    return gradient.masked_fill_(ignored.unsqueeze(1), 0)

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from trysquare import _backend, _batches
-from trysquare._batches import Batch
+from trysquare._batches import Batch, Piece
 from trysquare._constraints import Choice, Constraint, Flag, Integer, Number
 from trysquare._optimizer import BatchedOptimizer, Entry, Group
-from trysquare.ops import clipping, loss_schedule
+from trysquare.ops import clipping, loss_schedule, moments
 from trysquare.ops import dolphinflow as ops
 from trysquare.ops._scalar import Scalar
 
@@ -21,36 +21,37 @@ from trysquare.ops._scalar import Scalar
 class DolphinFlow(BatchedOptimizer):
     r"""Nesterov momentum with Adam's second moment on gradients orthogonal to the weights.
 
-    In step :math:`t = 1, 2, \dots`, with :math:`s = \min(1, G / (\lVert g\rVert_2 + 10^{-6}))` over all gradients:
+    In step $t = 1, 2, \dots$, with $s = \min(1, G / (\lVert g\rVert_2 + 10^{-6}))$ over all gradients:
 
-    .. math::
-        \tilde g &= s g - w \langle w, s g\rangle / \langle w, w\rangle \quad\text{per row}, \\
-        m &\leftarrow \mu m + \tilde g, \qquad u = \tilde g + \mu m, \\
-        v &\leftarrow \beta_2 v + (1 - \beta_2)\tilde g^2, \\
-        \theta &\leftarrow (1 - \eta\lambda)\,\theta - \eta\,u / \bigl(\sqrt{v / (1 - \beta_2^t)} + \varepsilon\bigr).
+    $$ \begin{aligned}
+       \tilde g &= s g - w \langle w, s g\rangle / \langle w, w\rangle \quad\text{per row}, \\
+       m &\leftarrow \mu m + \tilde g, \qquad u = \tilde g + \mu m, \\
+       v &\leftarrow \beta_2 v + (1 - \beta_2)\tilde g^2, \\
+       \theta &\leftarrow (1 - \eta\lambda)\,\theta - \eta\,u / \bigl(\sqrt{v / (1 - \beta_2^t)} + \varepsilon\bigr).
+    \end{aligned} $$
 
     A row is a leading index of a parameter of at least two dimensions; parameters of fewer are not projected. State and
     arithmetic are float32 for half-precision and float32 parameters, float64 for float64 ones.
 
     Args:
         params: parameters, ``named_parameters()`` or groups.
-        lr: learning rate :math:`\eta`, a float or a 0-dim tensor.
-        weight_decay: decoupled decay :math:`\lambda`.
-        momentum: :math:`\mu` in [0, 1).
-        ortho_mode: ``"vector"`` projects each row as above; ``"matrix"`` orthogonalizes :math:`u` by Newton–Schulz
+        lr: learning rate $\eta$, a float or a 0-dim tensor.
+        weight_decay: decoupled decay $\lambda$.
+        momentum: $\mu$ in [0, 1).
+        ortho_mode: ``"vector"`` projects each row as above; ``"matrix"`` orthogonalizes $u$ by Newton–Schulz
             iterations, keeping its norm; None does neither.
-        adaptive_lr: divide by the second moment; without it, :math:`\theta` moves by :math:`-\eta u`.
-        beta2: :math:`\beta_2` in [0, 1).
-        eps: :math:`\varepsilon` > 0.
+        adaptive_lr: divide by the second moment; without it, $\theta$ moves by $-\eta u$.
+        beta2: $\beta_2$ in [0, 1).
+        eps: $\varepsilon$ > 0.
         ns_steps: Newton–Schulz iterations of the matrix mode.
-        gradient_clipping: :math:`G`, the largest norm of all gradients together; None or 0: no clipping. ``p.grad``
+        gradient_clipping: $G$, the largest norm of all gradients together; None or 0: no clipping. ``p.grad``
             itself is not changed.
         loss_aware_schedule: lower the rate by 1 % each time the loss has not improved on its running mean five
             times in a row. Needs a closure at every step.
         loss_ema_beta: weight of the past in that running mean.
-        project: ``"gradient"`` projects the gradient; ``"update"`` projects :math:`u` instead and leaves the gradient
+        project: ``"gradient"`` projects the gradient; ``"update"`` projects $u$ instead and leaves the gradient
             raw, as the package dolphinflow does.
-        bias_correction: divide :math:`v` by :math:`1 - \beta_2^t`.
+        bias_correction: divide $v$ by $1 - \beta_2^t$.
         nonfinite: what a gradient with NaN or inf does: ``"propagate"`` as in torch; ``"skip"`` changes nothing in
             this step, without a synchronisation, and counts it (`skipped_steps`); ``"raise"`` raises.
         workspace_bytes: bound on the scratch memory of one call of the update, where it can be split: by rows, so that
@@ -155,82 +156,48 @@ class DolphinFlow(BatchedOptimizer):
         if loss is None:
             raise ValueError("loss_aware_schedule=True needs the loss, but the closure returned None")
         for group in self.param_groups:
-            names = ("loss_ema", "stall_count", "loss_lr_scale")
-            past = [group[name] for name in names]
-            group.update(zip(names, loss_schedule.update(*past, float(loss), group["loss_ema_beta"]), strict=True))
+            past = group["loss_ema"], group["stall_count"], group["loss_lr_scale"]
+            now = loss_schedule.update(*past, float(loss), group["loss_ema_beta"])
+            group["loss_ema"], group["stall_count"], group["loss_lr_scale"] = now
 
     # The step
 
     def _move(self, batches: Sequence[Batch]) -> None:
-        scale, finite = self._scale_and_finite(batches)
+        clip = batches[0].group["gradient_clipping"]
+        norm = self._gradient_norm(batches) if clip or self.nonfinite == "skip" else None
+        scale = clipping.clip_scale(norm, clip) if norm is not None and clip else None
+        finite = self._finite(norm)
         for batch in batches:
             _advance(batch.state["step"], finite)
             if batch.parameters[0].numel():
                 self._move_batch(batch, scale, finite)
 
-    def _scale_and_finite(self, batches: Sequence[Batch]) -> tuple[Tensor | None, Tensor | None]:
-        """The clipping factor, and whether to move at all (a 0-dim tensor under nonfinite="skip")."""
-        clip, skip = batches[0].group["gradient_clipping"], self.nonfinite == "skip"
-        gradients = [g for batch in batches for g in batch.gradients if g.numel()]
-        if not gradients or not (clip or skip):
-            return None, None
-        norm = clipping.total_norm([self._sum_of_squares(g) for g in gradients])
-        finite = norm.isfinite() if skip else None
-        if finite is not None:
-            self._count_skipped(finite)
-        return clipping.clip_scale(norm, clip) if clip else None, finite
-
-    def _sum_of_squares(self, gradient: Tensor) -> Tensor:
-        if self._chosen == "compiled" or torch.compiler.is_compiling():
-            return _backend.run(self._chosen, clipping.sum_of_squares, gradient.flatten())
-        return clipping.chunked_sum_of_squares(gradient, self._workspace(gradient.device) // 16)
-
     def _move_batch(self, batch: Batch, scale: Tensor | None, finite: Tensor | None) -> None:
         group, first = batch.group, batch.parameters[0]
         rule = _rule(group, first)
         written = [batch.parameters, *(tensors for name, tensors in batch.state.items() if name != "step")]
-        split = self._split(rule)
         scale = None if scale is None else scale.to(first.device)
-        for piece in _batches.pieces([batch.gradients, *written], self._workspace(first.device), split):
-            gradient, theta, *state = piece.operands
-            before = [] if finite is None else [tensor.clone() for tensor in piece.operands[1:]]
-            steps = torch.stack(batch.state["step"][piece.members])
-            self._update(group, rule, gradient, theta, state, steps, scale)
-            for tensor, old in zip(piece.operands[1:], before, strict=False):
-                tensor.copy_(torch.where(finite.to(tensor.device), tensor, old))
+        for piece in _batches.pieces([batch.gradients, *written], self._workspace(first.device), self._split(rule)):
+            before = piece.snapshot(finite)
+            correction = None
+            if rule.adaptive_lr and rule.bias_correction:
+                steps = torch.stack(batch.state["step"][piece.members])
+                correction = moments.correction(steps, group["beta2"], piece.operands[2].dtype)
+            self._update(group, rule, piece, scale, correction)
+            piece.restore(before, finite)
             piece.store()
 
     def _update(
-        self,
-        group: Group,
-        rule: ops.Rule,
-        gradient: Tensor,
-        theta: Tensor,
-        state: list[Tensor],
-        steps: Tensor,
-        scale: Tensor | None,
+        self, group: Group, rule: ops.Rule, piece: Piece, scale: Tensor | None, correction: Tensor | None
     ) -> None:
-        momentum_buffer, exp_avg_sq = state if rule.adaptive_lr else (state[0], None)
+        gradient, theta, momentum_buffer, *rest = piece.operands
         coefficient = None
         if rule.projects_gradient:
             dtype = momentum_buffer.dtype
             coefficient = _backend.run(self._chosen, ops.row_coefficient, theta, gradient, scale, dtype)
+        tensors = theta, gradient, momentum_buffer, rest[0] if rest else None, correction, scale, coefficient
         numbers = [_rate(group), *(group[name] for name in ("weight_decay", "momentum", "beta2", "eps"))]
-        if self._chosen == "compiled":
-            numbers = [n if isinstance(n, Tensor) else _backend.scalar(n) for n in numbers]
-        _backend.run(
-            self._chosen,
-            ops.update_,
-            theta,
-            gradient,
-            momentum_buffer,
-            exp_avg_sq,
-            steps,
-            scale,
-            coefficient,
-            *numbers,
-            rule,
-        )
+        _backend.run(self._chosen, ops.update_, *tensors, *_backend.scalars(self._chosen, numbers), rule)
 
     def _split(self, rule: ops.Rule) -> _batches.Split:
         """A compiled update needs no scratch, so there is nothing to bound."""
@@ -250,13 +217,14 @@ def _rule(group: Group, parameter: Tensor) -> ops.Rule:
 
 def _rate(group: Group) -> Scalar:
     """The learning rate times what the loss-aware schedule has left of it."""
-    lr, left = group["lr"], group["loss_lr_scale"]
+    lr: Scalar = group["lr"]
+    left: float = group["loss_lr_scale"]
     return lr if left == 1.0 else lr * left
 
 
 def _advance(steps: list[Tensor], finite: Tensor | None) -> None:
-    if finite is None:
-        torch._foreach_add_(steps, 1)
-        return
-    for step in steps:
-        step.add_(finite.to(step.device))
+    """t ← t + 1, or t + 0 in a step that is passed over.
+
+    As one list: in a compiled function torch 2.13 loses what is done in place to a single 0-dim float64 CPU tensor.
+    """
+    torch._foreach_add_(steps, 1 if finite is None else [finite.to(step) for step in steps])

@@ -175,10 +175,10 @@ class StableMaxCrossEntropyLoss(torch.nn.Module):
 
 def _total_weight(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """Σ w_y over the targets that are not ignored."""
-    counted = target != ignore_index
+    ignored = target == ignore_index
     if weight is None:
-        return counted.sum()
-    return weight.to(dtype)[target.where(counted, 0)].where(counted, 0).sum()
+        return (~ignored).sum()
+    return weight.to(dtype)[target.masked_fill(ignored, 0)].masked_fill_(ignored, 0).sum()
 
 
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:

@@ -17,14 +17,17 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 def sum_of_squares(gradient: Tensor) -> Tensor:
     """Σ g² as a 0-dim tensor, accumulated in float64: a float32 sum is off by 3.6e-4 at 10⁷ elements on a CPU."""
-    wide = gradient.to(wide_dtype(gradient.device))
-    return torch.dot(wide, wide)
+    return gradient.to(wide_dtype(gradient.device)).square().sum()
 
 
 def chunked_sum_of_squares(gradient: Tensor, elements: int) -> Tensor:
     """The same without a float64 copy of the whole gradient: one chunk of so many elements after another."""
-    chunks = gradient.flatten().split(max(1, elements))
-    return torch.stack([sum_of_squares(chunk) for chunk in chunks]).sum()
+    dtype = wide_dtype(gradient.device)
+    sums = []
+    for chunk in torch.split(gradient.flatten(), max(1, elements)):
+        wide = chunk.to(dtype)
+        sums.append(torch.dot(wide, wide))
+    return torch.stack(sums).sum()
 
 
 def total_norm(sums: Sequence[Tensor]) -> Tensor:

@@ -22,10 +22,12 @@ class Rule(NamedTuple):
 
     @property
     def projects_gradient(self) -> bool:
+        """Whether rows of the gradient are projected off the weights."""
         return self.ortho_mode == "vector" and self.project == "gradient"
 
     @property
     def projects_update(self) -> bool:
+        """Whether rows of the update are."""
         return self.ortho_mode == "vector" and self.project == "update"
 
 
@@ -45,7 +47,7 @@ def update_(
     gradient: Tensor,
     momentum_buffer: Tensor,
     exp_avg_sq: Tensor | None,
-    step: Tensor,
+    correction: Tensor | None,
     scale: Tensor | None,
     coefficient: Tensor | None,
     lr: Scalar,
@@ -57,8 +59,8 @@ def update_(
 ) -> None:
     """Steps ``theta``, ``momentum_buffer`` and ``exp_avg_sq``, each (B, R, C), in place; ``gradient`` is only read.
 
-    ``step`` is t of every slice, this step included, shape (B,); ``scale`` is the clipping factor (None: 1) and
-    ``coefficient`` what `row_coefficient` found (None: no projection of the gradient). Arithmetic is that of the state.
+    ``correction`` is that of the second moment, ``scale`` the clipping factor (None: 1) and ``coefficient`` what
+    `row_coefficient` found (None: no projection of the gradient). Arithmetic is that of the state.
     """
     wide = theta.to(momentum_buffer.dtype)
     g = clipped(gradient, scale, wide.dtype)
@@ -71,7 +73,7 @@ def update_(
         u = polar.newton_schulz(u, rule.ns_steps, eps)
     if exp_avg_sq is not None:
         moments.second_moment_(exp_avg_sq, g, beta2)
-        u = u.div_(moments.denominator(exp_avg_sq, step, beta2, eps, rule.bias_correction))
+        u = u.div_(moments.denominator(exp_avg_sq, eps, correction))
     decay.decoupled_decay_(wide, lr, weight_decay)
     add_scaled_(wide, u, -lr)
     if wide is not theta:

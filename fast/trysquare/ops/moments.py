@@ -21,9 +21,12 @@ def second_moment_(exp_avg_sq: Tensor, gradient: Tensor, beta2: Scalar) -> Tenso
     return add_scaled_square_(exp_avg_sq.mul_(beta2), gradient, 1 - beta2)
 
 
-def denominator(exp_avg_sq: Tensor, step: Tensor, beta2: Scalar, eps: Scalar, bias_correction: bool) -> Tensor:
-    """√v̂ + ε with v̂ = v/(1 − β₂ᵗ), or v without bias correction; ``step`` holds t of every slice, shape (B,)."""
+def correction(step: Tensor, beta2: float, dtype: torch.dtype) -> Tensor:
+    """1/√(1 − β₂ᵗ) of every slice, shape (B, 1, 1), from t in float64, shape (B,)."""
+    return (1 - beta2**step).rsqrt().to(dtype).view(-1, 1, 1)
+
+
+def denominator(exp_avg_sq: Tensor, eps: Scalar, correction: Tensor | None) -> Tensor:
+    """√v̂ + ε; v̂ is v times the square of the correction (None: v itself)."""
     root = exp_avg_sq.sqrt()
-    if bias_correction:
-        root.mul_((1 - beta2**step).rsqrt().to(root.dtype).view(-1, 1, 1))
-    return root.add_(eps)
+    return (root if correction is None else root.mul_(correction)).add_(eps)

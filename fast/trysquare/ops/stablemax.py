@@ -42,9 +42,9 @@ def log_sum(x: Tensor, dim: int = 1) -> Tensor:
     inf gives NaN, as in softmax.
     """
     above = x.clamp(min=0).mul_(HEADROOM).sum(dim)
-    total = above / HEADROOM + s_below(x).sum(dim)
+    total = s_below(x).sum(dim).add_(above, alpha=1 / HEADROOM)
     huge = above.log() - math.log(HEADROOM) + 0 * above
-    return torch.where(total.isinf(), huge, total.log())
+    return torch.where(total == math.inf, huge, total.log())
 
 
 def stablemax(x: Tensor, dim: int) -> Tensor:
@@ -92,17 +92,19 @@ def index_losses(x_y: Tensor, normalizer: Tensor, w_y: Tensor | None) -> Tensor:
     return losses if w_y is None else losses * w_y
 
 
-def index_gradient(x: Tensor, scale: Tensor, lift: Tensor | None, weight: Tensor | None) -> Tensor:
-    """s′(x_k)·scale − w_k·γ′(x_k)·lift: the gradient of every class as if it were not the chosen one.
+def index_gradient(
+    x: Tensor, y: Tensor, at_y: Tensor, scale: Tensor, lift: Tensor | None, weight: Tensor | None
+) -> Tensor:
+    """s′(x_k)·scale − w_k·γ′(x_k)·lift for every class but the chosen one, and `at_y` for that.
 
-    With a_k = w_k·α/C for these, `scale` is Σ_j a_j / Σ_j s(x_j) and `lift` is α/C, both times the factor of the
-    position in the result.
+    With a_k = w_k·α/C where k is not chosen, `scale` is Σ_j a_j / Σ_j s(x_j) and `lift` is α/C, both times the factor
+    of the position in the result.
     """
     below = s_below(x)
     gradient = (below * scale.unsqueeze(1)).mul_(below)
     if lift is not None:
         gradient -= _per_class(weight, x) * log_s_slope(x) * lift.unsqueeze(1)
-    return gradient
+    return gradient.scatter_(1, y.unsqueeze(1), at_y.unsqueeze(1))
 
 
 def chosen_gradient(
@@ -112,9 +114,11 @@ def chosen_gradient(
 
     p_y − 1 is expm1(log p_y), which keeps the digits of a p_y close to 1.
     """
-    log_p = -surprise(log_s(x_y), normalizer)
-    error = (1 - label_smoothing) * w_y * log_p.expm1() + uniform * (log_p.exp() * w_sum - w_y)
-    return log_s_slope(x_y) * error
+    log_p = surprise(log_s(x_y), normalizer).neg_()
+    error = log_p.expm1() * w_y
+    if label_smoothing:
+        error = error * (1 - label_smoothing) + (log_p.exp() * w_sum - w_y) * uniform
+    return error.mul_(log_s_slope(x_y))
 
 
 def probability_losses(
