@@ -51,7 +51,7 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 Wrap: TypeAlias = Callable[[Array], Array]
 
-DRAWS = 32
+DRAWS = 16
 FALSE_ALARM = 1e-9
 HONEST = math.sqrt(3 / (8 * math.log(2)))
 SLACK = 1.25
