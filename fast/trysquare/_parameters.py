@@ -72,7 +72,8 @@ def check_parameter(parameter: Any, name: str) -> None:
         raise ValueError(f"{name} is not a leaf: detach it, or give the tensors that it was computed from")
     if parameter.is_inference():
         raise ValueError(f"{name} was made in torch.inference_mode() and cannot be written: clone it outside of that")
-    if parameter.numel() and any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+    repeated = [size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)]
+    if parameter.numel() and any(repeated):
         raise ValueError(f"{name} is expanded, its entries share memory and cannot be written: clone it")
     if hasattr(parameter, "placements"):
         raise ValueError(f"{name} is a DTensor: sharded parameters are not supported by this version of trysquare")
