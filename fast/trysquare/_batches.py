@@ -71,18 +71,22 @@ def same_kind(parameter: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]
     return parameter.shape, parameter.dtype, parameter.device
 
 
-def pieces(operands: Sequence[list[Tensor]], workspace: int, split: Split) -> Iterator[Piece]:
+def pieces(operands: Sequence[list[Tensor]], workspace: int, split: Split, snapshots: int = 0) -> Iterator[Piece]:
     """Cut a batch so that the scratch of each call stays within ``workspace`` bytes, if the update can be split.
 
     Each list of ``operands`` holds one tensor a member: gradients first (only read), then everything that is written.
+    ``snapshots`` counts the copies that the caller makes of each piece.
     """
     count, shape = len(operands[0]), operands[0][0].shape
-    scratch = SCRATCH * 4 * shape.numel()
-    if count == 1 or STACKED * scratch > workspace or torch.compiler.is_compiling():
+    element = max(4, *(operand[0].element_size() for operand in operands)) * (SCRATCH + snapshots)
+    copied = element + 4 * len(operands)
+    if count == 1 or STACKED * copied * shape.numel() > workspace or torch.compiler.is_compiling():
         for member in range(count):
-            yield from _blocks([operand[member] for operand in operands], member, workspace, split)
+            tensors = [operand[member] for operand in operands]
+            dense = all(tensor.is_contiguous() for tensor in tensors)
+            yield from _blocks(tensors, member, workspace // (element if dense else copied), split, dense)
         return
-    together = workspace // scratch
+    together = workspace // (copied * shape.numel())
     for start in range(0, count, together):
         members = slice(start, min(start + together, count))
         yield _stack([operand[members] for operand in operands], members)
@@ -90,18 +94,18 @@ def pieces(operands: Sequence[list[Tensor]], workspace: int, split: Split) -> It
 
 def _stack(operands: list[list[Tensor]], members: slice) -> Piece:
     rows, columns = rows_and_columns(operands[0][0].shape)
-    batches = [torch.stack(operand).view(-1, rows, columns) for operand in operands]
+    batches = [torch.stack(operand).reshape(-1, rows, columns).contiguous() for operand in operands]
     return Piece(batches, members, list(zip(operands[1:], batches[1:], strict=True)))
 
 
-def _blocks(tensors: list[Tensor], member: int, workspace: int, split: Split) -> Iterator[Piece]:
+def _blocks(tensors: list[Tensor], member: int, elements: int, split: Split, dense: bool) -> Iterator[Piece]:
     """One parameter, in blocks of its leading index; flattened first where single elements are enough."""
-    if split == "elements" and all(tensor.is_contiguous() for tensor in tensors):
+    if split == "elements" and dense:
         tensors = [tensor.view(-1) for tensor in tensors]
     rows, columns = rows_and_columns(tensors[0].shape)
     length, width = (columns, 1) if tensors[0].ndim < 2 else (rows, columns)
     whole = split == "whole" or tensors[0].ndim == 0 or torch.compiler.is_compiling()
-    block = length if whole else max(1, workspace // (SCRATCH * 4 * width))
+    block = length if whole else max(1, elements // width)
     for start in range(0, length, block):
         cut = tensors if block >= length else [tensor[start : start + block] for tensor in tensors]
         yield _view(cut, member, columns if tensors[0].ndim > 1 else cut[0].numel())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -88,6 +89,11 @@ class DolphinFlow(BatchedOptimizer):
         "bias_correction": Flag(),
     }
     _global: ClassVar[frozenset[str]] = frozenset({"gradient_clipping", "loss_aware_schedule", "loss_ema_beta"})
+    _carried: ClassVar[Mapping[str, tuple[Any, Constraint]]] = {
+        "loss_ema": (None, Number(low=-math.inf, none=True)),
+        "stall_count": (0, Integer(0)),
+        "loss_lr_scale": (1.0, Number()),
+    }
 
     def __init__(
         self,
@@ -133,9 +139,6 @@ class DolphinFlow(BatchedOptimizer):
         layout = {"step": Entry((), clipping.wide_dtype(parameter.device)), "momentum_buffer": whole}
         return {**layout, "exp_avg_sq": whole} if group["adaptive_lr"] else layout
 
-    def _carried(self) -> Group:
-        return {"loss_ema": None, "stall_count": 0, "loss_lr_scale": 1.0}
-
     def _rule_in_words(self, group: Group, parameter: Tensor) -> str:
         mode, rows, columns = _mode(group, parameter), *_batches.rows_and_columns(parameter.shape)
         if mode == "vector":
@@ -153,11 +156,15 @@ class DolphinFlow(BatchedOptimizer):
     def _after_closure(self, loss: Any) -> None:
         if not self.param_groups[0]["loss_aware_schedule"]:
             return
-        if loss is None:
-            raise ValueError("loss_aware_schedule=True needs the loss, but the closure returned None")
+        try:
+            number = float(loss)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"loss_aware_schedule=True needs the loss as one number, but the closure returned {loss!r}"
+            ) from error
         for group in self.param_groups:
             past = group["loss_ema"], group["stall_count"], group["loss_lr_scale"]
-            now = loss_schedule.update(*past, float(loss), group["loss_ema_beta"])
+            now = loss_schedule.update(*past, number, group["loss_ema_beta"])
             group["loss_ema"], group["stall_count"], group["loss_lr_scale"] = now
 
     # The step
@@ -177,7 +184,8 @@ class DolphinFlow(BatchedOptimizer):
         rule = _rule(group, first)
         written = [batch.parameters, *(tensors for name, tensors in batch.state.items() if name != "step")]
         scale = None if scale is None else scale.to(first.device)
-        for piece in _batches.pieces([batch.gradients, *written], self._workspace(first.device), self._split(rule)):
+        workspace, snapshots = self._workspace(first.device), 0 if finite is None else len(written)
+        for piece in _batches.pieces([batch.gradients, *written], workspace, self._split(rule), snapshots):
             before = piece.snapshot(finite)
             correction = None
             if rule.adaptive_lr and rule.bias_correction:
