@@ -7,7 +7,7 @@ round the float32 state of half-precision parameters; and it takes what it is gi
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -22,6 +22,8 @@ Layout = Callable[[dict[str, Any], Tensor], Mapping[str, Any]]
 
 def after_hooks(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """What the pre-hooks make of a shallow copy of the state dict, as in torch."""
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"state_dict is a {type(state_dict).__name__}: give what an optimizer's state_dict() returned")
     state_dict = state_dict.copy()
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():  # noqa: SLF001 (torch offers no other way)
         result = hook(optimizer, state_dict)
@@ -29,7 +31,23 @@ def after_hooks(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, A
     missing = {"state", "param_groups"} - state_dict.keys()
     if missing:
         raise ValueError(f"state_dict has no key {min(missing)!r}: it is no optimizer's state_dict()")
+    _check_structure(state_dict["state"], state_dict["param_groups"])
     return state_dict
+
+
+def _check_structure(state: Any, groups: Any) -> None:
+    """Raise unless the parts are there whose contents are checked later."""
+    if not isinstance(state, Mapping) or not isinstance(groups, list | tuple):
+        kinds = f"{type(state).__name__} and {type(groups).__name__}"
+        raise TypeError(f"state_dict: 'state' and 'param_groups' are {kinds}: they must be a dict and a list")
+    for index, group in enumerate(groups):
+        listed = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(listed, list | tuple) or not all(isinstance(key, Hashable) for key in listed):
+            raise TypeError(f"state_dict: group {index} has no list 'params' of its parameters' numbers")
+    keys = [key for group in groups for key in group["params"]]
+    if len(set(keys)) != len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"state_dict: parameter {twice!r} is listed more than once")
 
 
 def checked_groups(
@@ -48,6 +66,9 @@ def checked_groups(
             raise ValueError(f"{where}: no {missing[0]!r}; is it the state_dict of another kind of optimizer?")
         _parameters.check_keys(theirs, hyperparameters | carried, where)
         group = {key: deepcopy(value) for key, value in theirs.items() if key != "params"}
+        names = theirs.get("param_names", theirs["params"])
+        if not isinstance(names, list | tuple) or len(names) != len(theirs["params"]):
+            raise ValueError(f"{where}: param_names={names!r} does not name {len(theirs['params'])} parameters")
         if "param_names" in mine:
             group.setdefault("param_names", mine["param_names"])
         groups.append({**group, "params": mine["params"]})
@@ -88,6 +109,8 @@ def _check_entries(entries: Any, layout: Mapping[str, Any], where: str) -> None:
         tensor = entries[name]
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{where}: {name} is a {type(tensor).__name__}; expected a tensor")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"{where}: {name} is {tensor.layout} on {tensor.device}; expected values, dense")
         if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
             raise ValueError(
                 f"{where}: {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; "

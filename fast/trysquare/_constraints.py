@@ -31,16 +31,16 @@ class Number:
 
     @property
     def words(self) -> str:
-        low = f"{'>' if self.low_open else '>='} {self.low:g}"
+        low = "" if self.low == -math.inf else f", {'>' if self.low_open else '>='} {self.low:g}"
         high = "" if self.high == math.inf else f" and < {self.high:g}"
         kinds = "a finite float" + (" or 0-dim float tensor" if self.tensor else "") + (" or None" if self.none else "")
-        return f"{kinds}, {low}{high}"
+        return f"{kinds}{low}{high}"
 
     def allows(self, value: Any) -> bool:
         if value is None:
             return self.none
         if isinstance(value, Tensor):
-            return self.tensor and value.ndim == 0 and value.is_floating_point()
+            return self.tensor and value.ndim == 0 and value.is_floating_point() and not value.is_meta
         return isinstance(value, float | int) and not isinstance(value, bool) and self.contains(value)
 
     def contains(self, value: float) -> bool:
@@ -96,6 +96,8 @@ EXECUTION: Mapping[str, Constraint] = {
 def check(constraints: Mapping[str, Constraint], values: Mapping[str, Any], where: str) -> None:
     """Raise a ValueError that names the argument, its value and what is allowed, for the first value that is not."""
     for name, constraint in constraints.items():
+        if name not in values:
+            raise ValueError(f"{where}: {name!r} is missing: it must be {constraint.words}")
         if not constraint.allows(values[name]):
             raise ValueError(f"{where}: {name}={values[name]!r} must be {constraint.words}")
 
@@ -106,7 +108,7 @@ def check_tensors(constraints: Mapping[str, Constraint], values: Mapping[str, An
         value = values[name]
         if not isinstance(value, Tensor) or not isinstance(constraint, Number):
             continue
-        if value.is_meta or not constraint.contains(float(value)):
+        if not constraint.contains(float(value)):
             raise ValueError(f"{where}: {name}={value!r} must be {constraint.words}")
 
 

@@ -7,7 +7,7 @@ A subclass says which hyperparameters there are and what they may be (`_constrai
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, cast, overload
 
 import torch
@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from trysquare import _backend, _batches, _checkpoint, _constraints, _parameters
 from trysquare._batches import Batch
+from trysquare._constraints import Constraint
 from trysquare._explain import Explanation, ParameterPlan
 from trysquare.ops import clipping
 
@@ -36,11 +37,14 @@ class Entry(NamedTuple):
 class BatchedOptimizer(Optimizer):
     """Base of the optimizers. See the module."""
 
-    _constraints: ClassVar[Mapping[str, _constraints.Constraint]]
+    _constraints: ClassVar[Mapping[str, Constraint]]
     """What each hyperparameter of a group may be."""
 
     _global: ClassVar[frozenset[str]] = frozenset()
     """Hyperparameters that concern all groups at once: a group cannot have its own."""
+
+    _carried: ClassVar[Mapping[str, tuple[Any, Constraint]]] = {}
+    """What a group carries from step to step besides its hyperparameters: the value in a new group, what it may be."""
 
     def __init__(
         self, params: ParamsT, defaults: Group, *, nonfinite: str, workspace_bytes: int | None, backend: str
@@ -55,6 +59,7 @@ class BatchedOptimizer(Optimizer):
         self.workspace_bytes = workspace_bytes
         self.backend = backend
         self._plans: dict[int, tuple[Any, list[int]]] = {}
+        _parameters.check_iterable(params)
         super().__init__(params, defaults)
         given = [parameter for group in self.param_groups for parameter in group["params"]]
         if not given:
@@ -73,10 +78,6 @@ class BatchedOptimizer(Optimizer):
     def _rule_in_words(self, group: Group, parameter: Tensor) -> str:
         """What is done to a parameter, for `explain`."""
 
-    def _carried(self) -> Group:
-        """What a group carries from step to step besides its hyperparameters, with the values of a new group."""
-        return {}
-
     def _before_step(self, closure: Callable[[], Any] | None) -> None:
         """Raise if the step cannot be taken."""
 
@@ -91,7 +92,7 @@ class BatchedOptimizer(Optimizer):
         where = f"group {len(self.param_groups)}"
         _parameters.check_keys(group, set(self._constraints), where)
         common = self.param_groups[0] if self.param_groups else self.defaults
-        group = {**{name: common[name] for name in sorted(self._global)}, **group}
+        group = {**group, **{name: common[name] for name in sorted(self._global - group.keys())}}
         settings = {**self.defaults, **group}
         _constraints.check(self._constraints, settings, where)
         _constraints.check_tensors(self._constraints, settings, where)
@@ -103,34 +104,29 @@ class BatchedOptimizer(Optimizer):
                 )
         taken = {id(p) for g in self.param_groups for p in g["params"]}
         _parameters.check_parameters(group["params"], where, taken)
-        super().add_param_group({**group, **self._carried()})
+        super().add_param_group({**group, **{name: value for name, (value, _) in self._carried.items()}})
 
-    def _check_groups(self) -> None:
-        """Hyperparameters may have been edited since the last step: by a scheduler, or by hand."""
-        for index, group in enumerate(self.param_groups):
-            _constraints.check(self._constraints, group, f"group {index}")
+    def _check_groups(self, groups: Sequence[Group], where: str = "") -> None:
+        """Groups may have been edited since the last step, by a scheduler or by hand, or come from a checkpoint."""
+        carried = {name: constraint for name, (_, constraint) in self._carried.items()}
+        for index, group in enumerate(groups):
+            _constraints.check({**self._constraints, **carried}, group, f"{where}group {index}")
             for name in self._global:
-                if group[name] != self.param_groups[0][name]:
+                if group[name] != groups[0][name]:
                     raise ValueError(
-                        f"group {index}: {name}={group[name]!r} differs from group 0's "
-                        f"{self.param_groups[0][name]!r}, but it concerns all groups at once: set it in every group"
+                        f"{where}group {index}: {name}={group[name]!r} differs from group 0's {groups[0][name]!r}, "
+                        "but it concerns all groups at once: set it in every group"
                     )
 
     def _check_gradients(self) -> None:
         for index, group in enumerate(self.param_groups):
             for position, parameter in enumerate(group["params"]):
-                if parameter.grad is not None:
-                    _parameters.check_gradient(parameter, _parameters.name_of(group, index, position))
-                    self._check_state(group, index, position)
-
-    def _check_state(self, group: Group, index: int, position: int) -> None:
-        state = self.state.get(group["params"][position])
-        missing = [name for name in self._state_names(group) if name not in state] if state else []
-        if missing:
-            raise ValueError(
-                f"the state of {_parameters.name_of(group, index, position)} has no {missing[0]!r}: a hyperparameter "
-                "that needs it was turned on after the first step; delete the state of the parameter to begin anew"
-            )
+                if parameter.grad is None:
+                    continue
+                name = _parameters.name_of(group, index, position)
+                _parameters.check_gradient(parameter, name)
+                if parameter in self.state:
+                    _parameters.check_state(self.state[parameter], self._layout(group, parameter), name)
 
     # One step
 
@@ -150,9 +146,11 @@ class BatchedOptimizer(Optimizer):
         Returns:
             What the closure returned, or None.
         """
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure={closure!r} must be a function that computes the loss and its gradients, or None")
         traced = torch.compiler.is_compiling()
         self._refuse_tracing(traced)
-        self._check_groups()
+        self._check_groups(self.param_groups)
         self._before_step(closure)
         loss = None
         if closure is not None:
@@ -177,16 +175,22 @@ class BatchedOptimizer(Optimizer):
             )
 
     def _refuse_nonfinite(self) -> None:
-        """`nonfinite="raise"`: read every gradient, which waits for the device."""
+        """`nonfinite="raise"`: read the norm of the gradients, which waits for the device."""
         if self.nonfinite != "raise":
             return
-        for index, group in enumerate(self.param_groups):
-            for position, parameter in enumerate(group["params"]):
-                if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-                    raise RuntimeError(
-                        f"the gradient of {_parameters.name_of(group, index, position)} is not finite and "
-                        "nonfinite='raise'; nothing was changed. Use nonfinite='skip' to pass over such steps"
-                    )
+        given = [
+            (_parameters.name_of(group, index, position), parameter.grad)
+            for index, group in enumerate(self.param_groups)
+            for position, parameter in enumerate(group["params"])
+            if parameter.grad is not None
+        ]
+        if not given or bool(self._norm(gradient for _, gradient in given).isfinite()):
+            return
+        bad = [name for name, gradient in given if not bool(gradient.isfinite().all())]
+        what = f"the gradient of {bad[0]} is not finite" if bad else "the norm of all gradients is not finite"
+        raise RuntimeError(
+            f"{what} and nonfinite='raise'; nothing was changed. Use nonfinite='skip' to pass over such steps"
+        )
 
     def _batches(self, group: Group, traced: bool) -> list[Batch]:
         names = self._state_names(group)
@@ -230,19 +234,18 @@ class BatchedOptimizer(Optimizer):
         """
         if check and group is self.param_groups[0]:
             self._check_gradients()
-        names = self._state_names(group)
         for position, parameter in enumerate(group["params"]):
             if parameter.grad is None:
                 continue
-            state = self.state[parameter]
+            state, layout = self.state[parameter], self._layout(group, parameter)
             if not state:
                 state.update(self._new_state(group, parameter))
             positions.append(position)
             parameters.append(parameter)
             gradients.append(parameter.grad)
-            for name, tensors in zip(names, states, strict=True):
-                if state[name].device != parameter.device:  # the model was moved
-                    state[name] = state[name].to(parameter.device)
+            for (name, entry), tensors in zip(layout.items(), states, strict=True):
+                if state[name].device != parameter.device or state[name].dtype != entry.dtype:  # the model was moved
+                    state[name] = state[name].to(parameter.device, entry.dtype)
                 tensors.append(state[name])
 
     def _state_names(self, group: Group) -> list[str]:
@@ -267,7 +270,9 @@ class BatchedOptimizer(Optimizer):
 
     def _gradient_norm(self, batches: Sequence[Batch]) -> Tensor:
         """‖all gradients‖₂ as a 0-dim tensor, in float64 where the device has it."""
-        gradients = [gradient for batch in batches for gradient in batch.gradients]
+        return self._norm(gradient for batch in batches for gradient in batch.gradients)
+
+    def _norm(self, gradients: Iterable[Tensor]) -> Tensor:
         return clipping.total_norm([self._sum_of_squares(gradient) for gradient in gradients])
 
     def _sum_of_squares(self, gradient: Tensor) -> Tensor:
@@ -316,9 +321,9 @@ class BatchedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint as it was saved, bit for bit and with its own dtypes; reject a foreign one whole."""
         state_dict = _checkpoint.after_hooks(self, state_dict)
-        groups = _checkpoint.checked_groups(self, state_dict, set(self._constraints), set(self._carried()))
+        groups = _checkpoint.checked_groups(self, state_dict, set(self._constraints), set(self._carried))
+        self._check_groups(groups, "state_dict: ")
         for index, group in enumerate(groups):
-            _constraints.check(self._constraints, group, f"state_dict: group {index}")
             _constraints.check_tensors(self._constraints, group, f"state_dict: group {index}")
         state = _checkpoint.checked_state(state_dict, groups, self._layout)
         self.__setstate__({"state": state, "param_groups": groups})
@@ -331,4 +336,5 @@ class BatchedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch puts it there, and the next group would have it as a key
         self._plans = {}

@@ -23,12 +23,18 @@ def materialized(param_group: Any) -> dict[str, Any]:
     if "params" not in param_group:
         raise ValueError("param_group has no key 'params': give it the parameters to optimize")
     group, params = dict(param_group), param_group["params"]
+    if isinstance(params, Tensor):
+        return {**group, "params": [params]}
+    check_iterable(params)
+    return {**group, "params": list(params)}
+
+
+def check_iterable(params: Any) -> None:
+    """Reject what cannot be walked through, or not in the same order in every run."""
     if isinstance(params, set | frozenset):
         raise TypeError("params is a set, whose order differs between runs: give a list instead")
-    if not isinstance(params, Iterable) or isinstance(params, str | Mapping):
-        raise TypeError(f"params is a {type(params).__name__}: give a list of tensors")
-    group["params"] = [params] if isinstance(params, Tensor) else list(params)
-    return group
+    if not isinstance(params, Iterable) or isinstance(params, str | Mapping | Tensor):
+        raise TypeError(f"params is a {type(params).__name__}: give a list of tensors, or of groups to the constructor")
 
 
 def check_keys(group: Mapping[str, Any], hyperparameters: set[str], where: str) -> None:
@@ -92,6 +98,22 @@ def check_gradient(parameter: Tensor, name: str) -> None:
             raise ValueError(
                 f"the gradient of {name} has {what} {_plain(mine)}, the parameter {_plain(wanted)}: "
                 "set .grad to None and compute it anew"
+            )
+
+
+def check_state(state: Mapping[str, Any], layout: Mapping[str, Any], name: str) -> None:
+    """Raise if the state of a parameter, which a caller may edit, lacks an entry of the layout or has another shape."""
+    for entry, (shape, _) in layout.items() if state else ():
+        if entry not in state:
+            raise ValueError(
+                f"the state of {name} has no {entry!r}: a hyperparameter that needs it was turned on after the first "
+                "step; delete the state of the parameter to begin anew"
+            )
+        if not isinstance(state[entry], Tensor) or state[entry].shape != shape:
+            found = getattr(state[entry], "shape", type(state[entry]).__name__)
+            raise ValueError(
+                f"the state of {name} has {entry!r} of shape {_plain(found)}, expected {shape}: put a tensor of that "
+                "shape there, or delete the state of the parameter to begin anew"
             )
 
 

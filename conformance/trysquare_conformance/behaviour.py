@@ -1,0 +1,152 @@
+"""What the tests of an optimizer's behaviour share: all that it holds, bit for bit, and whether a run was honest."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from trysquare_conformance.budget import STORED, Budget, Wrap, judge, measure
+from trysquare_conformance.noise import FLOAT32, FLOAT64
+from trysquare_conformance.snapshots import to_array
+from trysquare_reference import dolphinflow as reference
+
+Shapes: TypeAlias = Sequence[tuple[int, ...]]
+SHAPES: Shapes = ((4, 3), (3,), (2, 3, 2, 2), (), (0, 3))
+"""A matrix, a vector, a convolution, a number, and nothing."""
+
+
+def parameters(
+    shapes: Shapes = SHAPES, dtype: torch.dtype = torch.float32, *, seed: int = 0
+) -> list[torch.nn.Parameter]:
+    """Gaussian parameters with Gaussian gradients."""
+    made = [torch.nn.Parameter(normal(shape, seed, 2 * i, dtype)) for i, shape in enumerate(shapes)]
+    give_gradients(made, seed=seed)
+    return made
+
+
+def give_gradients(params: Sequence[Tensor], *, seed: int = 0, scale: float = 1.0) -> None:
+    """A new Gaussian gradient for each parameter."""
+    for i, p in enumerate(params):
+        p.grad = normal(tuple(p.shape), seed, 2 * i + 1, p.dtype) * scale
+
+
+def normal(shape: tuple[int, ...], seed: int, index: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A Gaussian tensor; each (seed, index) has its own."""
+    values = np.random.default_rng((seed, index)).normal(size=shape)
+    return torch.as_tensor(values).to(dtype)
+
+
+def run(optimizer: Optimizer, steps: int, *, first: int = 0) -> None:
+    """Steps number `first` and following, each with gradients of its own."""
+    for step in range(first, first + steps):
+        give_gradients(all_parameters(optimizer), seed=step + 1)
+        optimizer.step()
+
+
+def all_parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+# Everything, bit for bit
+
+
+def bits(value: Any) -> Any:
+    """A tensor as layout, dtype, shape and bytes, in which NaN equals itself and 0.0 is not -0.0."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    kind = str(value.layout), str(value.dtype), str(value.device), tuple(value.shape)
+    if value.is_meta:
+        return kind
+    if value.layout != torch.strided:
+        whole = value.detach().coalesce()
+        return *kind, bits(whole.indices()), bits(whole.values())
+    return *kind, value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def held(tensors: Sequence[Tensor]) -> list[Any]:
+    """Values and gradients of parameters."""
+    return [(bits(p), bits(p.grad) if p.is_leaf else None) for p in tensors]
+
+
+def everything(optimizer: Optimizer) -> dict[str, Any]:
+    """All that an optimizer can change: parameters, gradients, state, groups, counters."""
+    params = all_parameters(optimizer)
+    states = [optimizer.state.get(p) for p in params]
+    return {
+        "parameters": held(params),
+        "state": [None if state is None else {name: bits(x) for name, x in state.items()} for state in states],
+        "states": len(optimizer.state),
+        "groups": [_group(group) for group in optimizer.param_groups],
+        "defaults": {name: bits(value) for name, value in optimizer.defaults.items()},
+        "skipped": bits(getattr(optimizer, "skipped_steps", None)),
+    }
+
+
+def _group(group: dict[str, Any]) -> dict[str, Any]:
+    values = {name: bits(value) for name, value in group.items() if name != "params"}
+    return {**values, "params": [id(p) for p in group["params"]]}
+
+
+@contextlib.contextmanager
+def nothing_changes(optimizer: Optimizer) -> Iterator[None]:
+    """Assert that whatever happens inside leaves every bit as it was."""
+    before = everything(optimizer)
+    yield
+    after = everything(optimizer)
+    changed = [name for name in before if before[name] != after[name]]
+    if changed:
+        raise AssertionError(f"changed: {', '.join(changed)}\nbefore: {before}\nafter: {after}")
+
+
+# Honest results
+
+
+@dataclass(frozen=True)
+class Result:
+    """Parameters and state tensors, in the order of the parameters."""
+
+    outputs: dict[str, np.ndarray[Any, np.dtype[np.float64]]]
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, order: Sequence[Tensor] | None = None) -> "Result":
+        """What an optimizer holds now."""
+        outputs = {}
+        for i, p in enumerate(all_parameters(optimizer) if order is None else order):
+            outputs[f"parameter/{i}"] = to_array(p)
+            outputs |= {f"{name}/{i}": to_array(x) for name, x in optimizer.state[p].items()}
+        return cls(outputs)
+
+
+def budgets(
+    weights: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], *, draws: int = 8, **settings: Any
+) -> dict[str, Budget]:
+    """What DolphinFlow may hold after running free over these gradients from these weights, by the reference."""
+    hp = reference.Hyperparameters(**settings)
+    dtype = str(weights[0].dtype).removeprefix("torch.")
+
+    def outputs(wrap: Wrap) -> dict[str, Any]:
+        thetas = [wrap(to_array(w)) for w in weights]
+        states = [reference.init(theta, hp) for theta in thetas]
+        for given in gradients:
+            thetas, states = reference.step(thetas, [wrap(to_array(g)) for g in given], states, hp)
+        result = {f"parameter/{i}": theta for i, theta in enumerate(thetas)}
+        return result | {f"{name}/{i}": np.asarray(x) for i, s in enumerate(states) for name, x in s.items()}
+
+    wide = "float64" if dtype == "float64" else "float32"
+    stored = {name: STORED[dtype if name.startswith("parameter") else wide] for name in outputs(np.asarray)}
+    return measure(outputs, FLOAT64 if dtype == "float64" else FLOAT32, stored, seed=0, draws=draws)
+
+
+def assert_honest(result: Result, allowed: dict[str, Budget]) -> None:
+    """Assert that every output lies within its budget."""
+    if result.outputs.keys() != allowed.keys():
+        raise AssertionError(f"outputs {sorted(result.outputs)}, the reference has {sorted(allowed)}")
+    margins = {name: judge(budget, result.outputs[name]).worst for name, budget in allowed.items()}
+    worst = max(margins, key=lambda name: margins[name])
+    if not margins[worst] <= 1:
+        raise AssertionError(f"{worst} has margin {margins[worst]:.3g}; all: {margins}")
