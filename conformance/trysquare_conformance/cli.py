@@ -1,0 +1,145 @@
+"""The command line: trysquare verify | compare | faults | demo | doctor. Only a right verdict exits with code 0."""
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from trysquare_conformance import report
+from trysquare_conformance.case import TIERS
+
+app = typer.Typer(
+    name="trysquare", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__
+)
+Tier = StrEnum("Tier", {tier: tier for tier in TIERS})  # type: ignore[misc]  # the tiers are named once, in `case`
+Files = Annotated[Path | None, typer.Option(metavar="FILE", dir_okay=False)]
+LaneNames = Annotated[list[str] | None, typer.Option("--lane", metavar="NAME", help="a lane; may be given again")]
+Globs = Annotated[list[str] | None, typer.Option("--case", metavar="GLOB", help="case ids to run; may be given again")]
+
+
+@app.command()
+def verify(
+    tier: Annotated[Tier | None, typer.Option(help="how much to run; by default quick, or what --case needs")] = None,
+    lane: LaneNames = None,
+    case: Globs = None,
+    json: Files = None,
+    html: Files = None,
+    markdown: Files = None,
+    junit: Files = None,
+) -> None:
+    """Check the fast code against the reference on this machine and say in one sentence whether it is right."""
+    from trysquare_conformance.run import run
+    from trysquare_conformance.verdict import EXIT_CODES
+
+    console, command = Console(), shlex.join(["trysquare", *sys.argv[1:]])
+    chosen = _tier(tier, case)
+    with _progress() as progress:
+        result = run(chosen, _lanes(lane), case or (), progress, command)
+    formats: dict[report.Format, Path | None] = {"json": json, "html": html, "markdown": markdown, "junit": junit}
+    for format_, file in formats.items():
+        if file is not None:
+            report.write(result, file, format_)
+    report.terminal(result, console)
+    raise typer.Exit(EXIT_CODES[result["verdict"]])
+
+
+@app.command()
+def compare(before: Path, after: Path, markdown: Files = None) -> None:
+    """Show what changed between two JSON reports: verdicts, margins, machines."""
+    try:
+        comparison = report.compare(report.load(before), report.load(after))
+    except (report.SchemaError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if markdown is not None:
+        markdown.write_text(report.comparison_markdown(comparison), encoding="utf-8")
+    report.show_comparison(comparison, Console())
+    raise typer.Exit(1 if comparison.regressions else 0)
+
+
+@app.command()
+def faults(
+    lane: LaneNames = None,
+    fault: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="faults to plant; may be given again")] = None,
+) -> None:
+    """Plant faults into the fast code and see whether the suite catches each: the proof that it can fail."""
+    from trysquare_conformance import faults as planted
+
+    console = Console()
+    with _progress() as progress:
+        outcomes = planted.run(_lanes(lane) or ["eager-cpu"], fault or ["*"], progress)
+    planted.show(outcomes, console)
+    raise typer.Exit(0 if outcomes and all(outcome.good for outcome in outcomes) else 1)
+
+
+@app.command()
+def demo(
+    epochs: Annotated[int, typer.Option(min=1, help="full-batch steps of each run")] = 400,
+    seed: Annotated[int, typer.Option(help="of the split and the initial weights")] = 0,
+    picture: Files = None,
+    json: Files = None,
+) -> None:
+    """Train modular addition with AdamW and with DolphinFlow, and see which one generalises.
+
+    --picture draws the accuracies over the epochs, as .png or .svg; --json writes the numbers.
+    """
+    from trysquare_conformance.demo import run_demo
+
+    run_demo(epochs, seed, picture, json)
+
+
+@app.command()
+def doctor() -> None:
+    """Tell what this machine can verify, and why not the rest."""
+    from trysquare_conformance.doctor import report as tell
+
+    tell(Console())
+
+
+def _tier(tier: Tier | None, case: list[str] | None) -> str:
+    """The tier that was asked for, or the smallest that holds the cases that were."""
+    if tier is not None:
+        return tier.value
+    if not case:
+        return TIERS[0]
+    from trysquare_conformance.registry import smallest_tier
+
+    found = smallest_tier(case)
+    if found is None:
+        raise typer.BadParameter(f"no case matches {' or '.join(case)}", param_hint="--case")
+    return found
+
+
+def _lanes(names: list[str] | None) -> list[str]:
+    from trysquare_conformance.lanes import LANES
+
+    unknown = [name for name in names or () if name not in LANES]
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)}: the lanes are {', '.join(LANES)}", param_hint="--lane")
+    return list(names or ())
+
+
+@contextmanager
+def _progress() -> Iterator["Bars"]:
+    """A bar a lane, on standard error so that the report can be piped."""
+    columns = TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        yield Bars(bars)
+
+
+class Bars:
+    """Called with a lane's name, its cases done and their number; keeps one bar a lane."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars, self.tasks = bars, dict[str, TaskID]()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(name, total=total)
+        self.bars.update(self.tasks[name], completed=done)

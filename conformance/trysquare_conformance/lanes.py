@@ -1,0 +1,85 @@
+"""Lanes: where and how a case runs. Each has a device, a backend, an environment, and says whether it can run here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+COMPILER_CHECK_SECONDS = 60
+
+
+def _always() -> str | None:
+    return None
+
+
+def _cuda() -> str | None:
+    return None if torch.cuda.is_available() else "torch sees no CUDA or ROCm device"
+
+
+def _accelerator(kind: str) -> Callable[[], str | None]:
+    def available() -> str | None:
+        found = torch.accelerator.current_accelerator()
+        return None if found is not None and found.type == kind else f"torch.accelerator finds no {kind} device"
+
+    return available
+
+
+def _compiled_cpu() -> str | None:
+    """torch.compile on a CPU writes C++ against Python's headers: try both with a file of one line."""
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"torch.compile needs a C++ compiler and {compiler} is not on the PATH (set CXX to name another)"
+    command = [compiler, "-x", "c++", "-fsyntax-only", "-I", sysconfig.get_path("include"), "-"]
+    tried = subprocess.run(
+        command,
+        input="#include <Python.h>\n",
+        text=True,
+        capture_output=True,
+        timeout=COMPILER_CHECK_SECONDS,
+        check=False,
+    )
+    return None if tried.returncode == 0 else f"{compiler} cannot compile against Python's headers (Python.h)"
+
+
+def _compiled_cuda() -> str | None:
+    without_device = _cuda()
+    if without_device:
+        return without_device
+    return None if importlib.util.find_spec("triton") else "torch.compile on a GPU needs Triton, which is not installed"
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One way to run every case. `available()` gives None, or the reason why this machine cannot run it."""
+
+    name: str
+    device: str
+    backend: str
+    available: Callable[[], str | None]
+    environment: tuple[tuple[str, str], ...] = field(default=())
+
+    @property
+    def baseline(self) -> Lane | None:
+        """The eager lane of the same device, against which the yardstick measures."""
+        return None if self.backend == "eager" else LANES.get(f"eager-{self.device}")
+
+
+LANES: dict[str, Lane] = {
+    lane.name: lane
+    for lane in (
+        Lane("eager-cpu", "cpu", "eager", _always),
+        Lane("compiled-cpu", "cpu", "compiled", _compiled_cpu),
+        Lane("eager-cuda", "cuda", "eager", _cuda),
+        Lane("compiled-cuda", "cuda", "compiled", _compiled_cuda),
+        Lane("eager-mps", "mps", "eager", _accelerator("mps")),
+        Lane("eager-xpu", "xpu", "eager", _accelerator("xpu")),
+    )
+}

@@ -1,0 +1,258 @@
+"""What the cases pages of optimizers share: the stages of a case, from how the reference and the fast code step.
+
+An algorithm's page gives the abstract methods. Everything else is here: layouts, several parameters and groups, missing
+gradients, non-finite gradients under each policy, teacher forcing, free-running drift.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from trysquare_conformance import inputs
+from trysquare_conformance.budget import STORED, Stored
+from trysquare_conformance.case import Array, Case, Outputs, Stage, Wrap
+from trysquare_conformance.lanes import Lane
+from trysquare_conformance.noise import FLOAT32, FLOAT64, Arithmetic, Noisy
+from trysquare_conformance.snapshots import Feed, Snapshot, outputs, rounded, to_array, to_tensor
+
+
+class OptimizerSubject(ABC):
+    """A `Subject` for optimizers; the class docstring of each page's subclass names its algorithm."""
+
+    algorithm: str
+
+    @abstractmethod
+    def cases(self) -> Iterable[Case]:
+        """Every case, those of the smaller tiers first."""
+
+    @abstractmethod
+    def build(self, case: Case, parameters: Sequence[torch.nn.Parameter], lane: Lane) -> torch.optim.Optimizer:
+        """The fast optimizer of this case over these parameters, on the lane's backend."""
+
+    @abstractmethod
+    def begin(self, case: Case, parameters: Sequence[Array]) -> Snapshot:
+        """The reference's snapshot before the first step."""
+
+    @abstractmethod
+    def advance(self, case: Case, before: Snapshot, feed: Feed) -> Snapshot:
+        """One step of the reference. Parameters without a gradient keep their entries."""
+
+    @abstractmethod
+    def stored_as(self, case: Case, name: str) -> str:
+        """The dtype in which the fast code keeps a state tensor of this name."""
+
+    def arithmetic(self, case: Case) -> Arithmetic:
+        """How the fast code computes: float64 for float64 parameters, else float32."""
+        return FLOAT64 if case.dtype == "float64" else FLOAT32
+
+    @abstractmethod
+    def loss(self, case: Case, step: int) -> float | None:
+        """The closure's loss in step 0, 1, …; None: no closure."""
+
+    @abstractmethod
+    def load_shared(self, optimizer: torch.optim.Optimizer, shared: dict[str, float]) -> None:
+        """Put the numbers that belong to no parameter into the fast optimizer."""
+
+    @abstractmethod
+    def read_shared(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """Read them back."""
+
+    def place(self, array: Array, dtype: str, layout: str, lane: Lane) -> torch.Tensor:
+        """A tensor on the lane's device, in a layout."""
+        return inputs.lay_out(to_tensor(array, dtype).to(lane.device), layout)
+
+    def stages(self, case: Case, lane: Lane) -> Iterator[Stage]:
+        """One stage a step, each from the reference's state as the fast code would store it."""
+        fast = FastRun(self, case, lane)
+        for step, (before, feed) in enumerate(self.trajectory(case)):
+            yield Stage(
+                f"step {step + 1}",
+                partial(self._step_outputs, case, before, feed),
+                partial(fast.teacher_forced, before, feed, fresh=step == 0),
+                self._stored(case, before),
+                self.arithmetic(case),
+                computes=feed.computes and not self.refuses(case, feed),
+            )
+
+    def drift(self, case: Case, lane: Lane) -> Stage | None:
+        """All steps without correction, judged against the reference doing the same in the lane's arithmetic."""
+        if case.steps == 1:
+            return None
+        path = list(self.trajectory(case))
+        start, feeds = path[0][0], [feed for _, feed in path]
+        return Stage(
+            f"free run of {case.steps} steps",
+            partial(self._free_outputs, case, start, feeds),
+            lambda: FastRun(self, case, lane).free(start, feeds),
+            self._stored(case, start),
+            self.arithmetic(case),
+            computes=any(feed.computes and not self.refuses(case, feed) for feed in feeds),
+        )
+
+    def trajectory(self, case: Case) -> Iterator[tuple[Snapshot, Feed]]:
+        """Before each step: the reference's snapshot, rounded as stored, and what is fed in."""
+        exact = self.begin(case, self._weights(case))
+        for step in range(case.steps):
+            before = self._as_stored(case, exact)
+            feed = Feed(self._gradients(case, before, step), self.loss(case, step))
+            yield before, feed
+            if step + 1 < case.steps:
+                exact = self._expected(case, exact, feed)
+
+    def _weights(self, case: Case) -> list[Array]:
+        kind = inputs.KINDS[case.inputs]
+        draws = [inputs.Draw(_rng(case, "weights", i), shape, case.dtype) for i, shape in enumerate(case.shapes)]
+        return [rounded(kind.weights(draw), case.dtype) for draw in draws]
+
+    def _gradients(self, case: Case, before: Snapshot, step: int) -> tuple[Array | None, ...]:
+        kind = inputs.KINDS[case.inputs]
+        return tuple(
+            self._gradient(case, index, weights, step) if kind.has_gradient(index, step) else None
+            for index, weights in enumerate(before.parameters)
+        )
+
+    def _gradient(self, case: Case, index: int, weights: Array, step: int) -> Array:
+        """Non-finite values hurt the first parameter alone: what the others do then is part of the question."""
+        kind = inputs.KINDS[case.inputs]
+        maker = kind.gradient if kind.finite or index == 0 else inputs.KINDS["gaussian"].gradient
+        drawn = maker(inputs.Draw(_rng(case, step, index), weights.shape, case.dtype, weights))
+        if case.layout == "expanded" and inputs.fits("expanded", weights.shape):
+            drawn = np.broadcast_to(drawn[:1], weights.shape)
+        return rounded(drawn, case.dtype)
+
+    def _expected(self, case: Case, before: Snapshot, feed: Feed) -> Snapshot:
+        """The reference's step under the case's `nonfinite` policy, which acts on non-finite gradients only."""
+        raised = float(self.refuses(case, feed))
+        if raised or (case.hyperparameters.get("nonfinite") == "skip" and not feed.finite):
+            return replace(before, shared={**before.shared, "raised": raised})
+        with np.errstate(all="ignore"):
+            after = self.advance(case, before, feed)
+        return replace(after, shared={**after.shared, "raised": 0.0})
+
+    def refuses(self, case: Case, feed: Feed) -> bool:
+        """Whether the step is to raise."""
+        return case.hyperparameters.get("nonfinite") == "raise" and not feed.finite
+
+    def _step_outputs(self, case: Case, before: Snapshot, feed: Feed, wrap: Wrap) -> Outputs:
+        return outputs(before, self._expected(case, before.wrapped(wrap), feed.wrapped(wrap)))
+
+    def _free_outputs(self, case: Case, start: Snapshot, feeds: Sequence[Feed], wrap: Wrap) -> Outputs:
+        now = start
+        for feed in feeds:
+            now = self._as_kept(case, self._expected(case, now.wrapped(wrap), feed.wrapped(wrap)))
+        return outputs(start, now)
+
+    def _as_kept(self, case: Case, after: Snapshot) -> Snapshot:
+        """In noisy arithmetic each of many steps ends with a rounding to storage, as the lane's; exact stays exact."""
+        noisy = any(isinstance(array, Noisy) for array in after.parameters)
+        return self._as_stored(case, after) if noisy else after
+
+    def _as_stored(self, case: Case, exact: Snapshot) -> Snapshot:
+        """A snapshot rounded to the dtypes in which the fast code keeps it."""
+        return exact.mapped(lambda array, name: rounded(array, self.stored_as(case, name) if name else case.dtype))
+
+    def _stored(self, case: Case, snapshot: Snapshot) -> dict[str, Stored]:
+        """How each output is kept: updates as parameters, state tensors as the page says, numbers in float64."""
+        kinds = {name: self.stored_as(case, name) for state in snapshot.states for name in state if name != "step"}
+        names = outputs(snapshot, snapshot).keys() | {"raised"}
+        stored = {name: STORED[kinds.get(name.partition("/")[0], "float64")] for name in names}
+        parameter = STORED[case.dtype]
+        return stored | {f"update/{i}": parameter.beside(old) for i, old in enumerate(snapshot.parameters)}
+
+
+class FastRun:
+    """A fast optimizer over the parameters of one case, to be stepped from any snapshot."""
+
+    def __init__(self, subject: OptimizerSubject, case: Case, lane: Lane) -> None:
+        self.subject, self.case, self.lane = subject, case, lane
+        layout = "contiguous" if case.layout == "expanded" else case.layout
+        zeros = [subject.place(np.zeros(shape), case.dtype, layout, lane) for shape in case.shapes]
+        self.parameters = [torch.nn.Parameter(tensor) for tensor in zeros]
+        self.optimizer = subject.build(case, self.parameters, lane)
+
+    def teacher_forced(self, before: Snapshot, feed: Feed, *, fresh: bool) -> Outputs:
+        """One step from the reference's snapshot. A fresh optimizer makes its own state, which is zero likewise."""
+        self._load_parameters(before)
+        if not fresh:
+            self._load_states(before)
+        raised = self._step(feed)
+        return outputs(before, self._read(before, raised))
+
+    def free(self, start: Snapshot, feeds: Sequence[Feed]) -> Outputs:
+        """All steps, each from where the last one ended."""
+        self._load_parameters(start)
+        raised = [self._step(feed) for feed in feeds]
+        return outputs(start, self._read(start, raised[-1]))
+
+    def _load_parameters(self, before: Snapshot) -> None:
+        with torch.no_grad():
+            for parameter, array in zip(self.parameters, before.parameters, strict=True):
+                parameter.copy_(to_tensor(array, self.case.dtype))
+
+    def _load_states(self, before: Snapshot) -> None:
+        for parameter, state in zip(self.parameters, before.states, strict=True):
+            self.optimizer.state[parameter] = {
+                name: self._state_tensor(parameter, name, value) for name, value in state.items()
+            }
+        self.subject.load_shared(self.optimizer, before.shared)
+
+    def _state_tensor(self, parameter: torch.Tensor, name: str, value: object) -> torch.Tensor:
+        """A count is a 0-dimensional float64 tensor; the rest has the parameter's memory format."""
+        if not isinstance(value, np.ndarray):
+            return torch.tensor(value, dtype=torch.float64, device=self.lane.device)
+        stored = to_tensor(value, self.subject.stored_as(self.case, name))
+        return torch.empty_like(parameter, dtype=stored.dtype, requires_grad=False).copy_(stored)
+
+    def _step(self, feed: Feed) -> bool:
+        """Whether the step raised, where a non-finite gradient under `nonfinite="raise"` makes that an answer."""
+        layout = self.case.layout
+        for parameter, gradient in zip(self.parameters, feed.gradients, strict=True):
+            placed = None if gradient is None else self.subject.place(gradient, self.case.dtype, layout, self.lane)
+            parameter.grad = placed
+        kept = [None if p.grad is None else p.grad.clone() for p in self.parameters]
+        try:
+            self._call_step(feed.loss)
+        except (ArithmeticError, RuntimeError, ValueError):
+            if not self.subject.refuses(self.case, feed):
+                raise
+            return True
+        finally:
+            self._check_gradients(kept)
+        return False
+
+    def _call_step(self, loss: float | None) -> None:
+        if loss is None:
+            self.optimizer.step()
+        else:
+            self.optimizer.step(lambda: loss)
+
+    def _check_gradients(self, kept: Sequence[torch.Tensor | None]) -> None:
+        """A step reads gradients and must leave every bit of them."""
+        for index, (parameter, before) in enumerate(zip(self.parameters, kept, strict=True)):
+            same = before is None or torch.equal(_bits(parameter.grad), _bits(before))
+            if not same:
+                raise AssertionError(f"the step changed the gradient of parameter {index}")
+
+    def _read(self, before: Snapshot, raised: bool) -> Snapshot:
+        """Parameters and states as they are now; a parameter that was never stepped has the state it began with."""
+        states = []
+        for parameter, initial in zip(self.parameters, before.states, strict=True):
+            held = self.optimizer.state.get(parameter) or initial
+            states.append({name: to_array(v) if isinstance(v, torch.Tensor) else v for name, v in held.items()})
+        shared = {**self.subject.read_shared(self.optimizer), "raised": float(raised)}
+        return Snapshot(tuple(to_array(p) for p in self.parameters), tuple(states), shared)
+
+
+def _bits(tensor: torch.Tensor | None) -> torch.Tensor:
+    """The bytes of a tensor, in which NaN equals itself."""
+    if tensor is None:
+        raise AssertionError("the step removed a gradient")
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _rng(case: Case, *names: object) -> np.random.Generator:
+    return np.random.default_rng(inputs.seed(case.id, *names))

@@ -1,0 +1,68 @@
+"""The registry: every case of every algorithm, collected from the pages in `cases/` and selected by tier and name."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import pkgutil
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+
+from trysquare_conformance import cases as pages
+from trysquare_conformance.case import SHORT_DTYPES, TIERS, Array, Case, Outputs, Stage, Subject, Wrap, shape_name
+
+__all__ = [
+    "ALGORITHMS",
+    "SHORT_DTYPES",
+    "TIERS",
+    "Array",
+    "Case",
+    "Outputs",
+    "Stage",
+    "Subject",
+    "Wrap",
+    "all_cases",
+    "select",
+    "shape_name",
+    "smallest_tier",
+]
+
+
+def _collect() -> dict[str, Subject]:
+    """Each page in `cases/` is an algorithm and declares its `SUBJECT`; pages of faults reach deeper and wait."""
+    names = [page.name for page in pkgutil.iter_modules(pages.__path__) if not page.name.endswith("_faults")]
+    subjects: list[Subject] = [importlib.import_module(f"{pages.__name__}.{name}").SUBJECT for name in names]
+    return {subject.algorithm: subject for subject in subjects}
+
+
+ALGORITHMS: dict[str, Subject] = _collect()
+
+
+def all_cases() -> Iterator[Case]:
+    """Every case of every tier."""
+    return itertools.chain.from_iterable(subject.cases() for subject in ALGORITHMS.values())
+
+
+def select(tier: str, patterns: Iterable[str] = (), lane: str | None = None) -> list[Case]:
+    """The cases of a tier (which includes the smaller ones) whose id matches one of the patterns, or all of them.
+
+    With a lane, less those that come in a later tier there.
+    """
+    if tier not in TIERS:
+        raise ValueError(f"tier={tier!r}: must be one of {', '.join(TIERS)}")
+    wanted, globs = TIERS[: TIERS.index(tier) + 1], list(patterns) or ["*"]
+    chosen: list[Case] = []
+    for subject in ALGORITHMS.values():
+        of_tier = itertools.takewhile(lambda case: case.tier in wanted, subject.cases())
+        chosen += [case for case in of_tier if case.tier_in(lane) in wanted and _matches(case.id, globs)]
+    return chosen
+
+
+def smallest_tier(patterns: Iterable[str]) -> str | None:
+    """The first tier in which some case matches, so that an id copied from a report needs no tier beside it."""
+    globs = list(patterns)
+    return next((tier for tier in TIERS if select(tier, globs)), None)
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)

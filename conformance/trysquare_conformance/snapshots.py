@@ -1,0 +1,81 @@
+"""What a step of an optimizer reads and writes, as float64 arrays, and how a step's outputs are named."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from trysquare_conformance.case import Array, Outputs, Wrap
+
+State: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Parameters, their states, and numbers that belong to no parameter (a loss schedule, a count)."""
+
+    parameters: tuple[Array, ...]
+    states: tuple[State, ...]
+    shared: dict[str, float] = field(default_factory=dict)
+
+    def mapped(self, change: Callable[[Array, str | None], Array]) -> "Snapshot":
+        """The same with every array changed; `change` gets an array and its state's name, None for a parameter."""
+        states = tuple(
+            {name: change(value, name) if isinstance(value, np.ndarray) else value for name, value in state.items()}
+            for state in self.states
+        )
+        return replace(self, parameters=tuple(change(p, None) for p in self.parameters), states=states)
+
+    def wrapped(self, wrap: Wrap) -> "Snapshot":
+        return self.mapped(lambda array, _: wrap(array))
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What arrives from outside at a step: a gradient a parameter (None: it has none) and the closure's loss."""
+
+    gradients: tuple[Array | None, ...]
+    loss: float | None = None
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(np.all(np.isfinite(g))) for g in self.gradients if g is not None)
+
+    @property
+    def computes(self) -> bool:
+        """Whether there is anything to compute: some gradient with entries."""
+        return any(g is not None and g.size for g in self.gradients)
+
+    def wrapped(self, wrap: Wrap) -> "Feed":
+        return replace(self, gradients=tuple(None if g is None else wrap(g) for g in self.gradients))
+
+
+def outputs(before: Snapshot, after: Snapshot) -> Outputs:
+    """What a step did: every update Δθ, every entry of the states, every shared number."""
+    pairs = zip(before.parameters, after.parameters, strict=True)
+    result = {f"update/{i}": plain(new) - plain(old) for i, (old, new) in enumerate(pairs)}
+    for i, state in enumerate(after.states):
+        result |= {f"{name}/{i}": plain(value) for name, value in state.items()}
+    return result | {name: plain(value) for name, value in after.shared.items()}
+
+
+def plain(value: Any) -> Array:
+    """The values in float64, without noise."""
+    return np.array(value, dtype=np.float64, subok=False)
+
+
+def to_tensor(array: Array, dtype: str) -> torch.Tensor:
+    """A CPU tensor of that dtype, rounded from float64."""
+    return torch.from_numpy(plain(array)).to(getattr(torch, dtype))
+
+
+def to_array(tensor: torch.Tensor) -> Array:
+    """The values of a tensor in float64, which holds all of them exactly."""
+    return plain(tensor.detach().cpu().to(torch.float64).numpy())
+
+
+def rounded(array: Array, dtype: str) -> Array:
+    """The nearest values that the dtype holds."""
+    return to_array(to_tensor(array, dtype))

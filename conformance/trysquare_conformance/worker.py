@@ -1,0 +1,61 @@
+"""A lane in a process of its own: reads what to run from its arguments, writes one JSON object a line as it goes.
+
+`python -m trysquare_conformance.worker --lane eager-cpu --tier quick --budgets DIR [--case GLOB …]`
+"""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from trysquare_conformance import registry
+from trysquare_conformance.compare import BudgetStore, run_case
+from trysquare_conformance.lanes import LANES
+from trysquare_conformance.report.schema import plain
+from trysquare_conformance.witness import Witness
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lane", required=True, choices=list(LANES))
+    parser.add_argument("--tier", required=True, choices=registry.TIERS)
+    parser.add_argument("--budgets", required=True, type=Path, help="folder that the lanes of one run share")
+    parser.add_argument("--case", action="append", default=[], metavar="GLOB")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    options = arguments()
+    lines = _take_stdout()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")  # of torch's own code; the suite judges numbers
+    lane = LANES[options.lane]
+    witness, budgets = Witness(lane), BudgetStore(options.budgets)
+    for case in registry.select(options.tier, options.case, lane.name):
+        _write(lines, {"event": "case", "case": case.id})
+        result = run_case(registry.ALGORITHMS[case.algorithm], case, lane, budgets, witness)
+        _write(lines, {"event": "result", "result": result})
+    _write(lines, {"event": "end", "witness": witness.summary()})
+
+
+def _take_stdout() -> TextIO:
+    """Keep standard output for the lines of the protocol; whatever else prints goes to standard error."""
+    lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return lines
+
+
+def _write(lines: TextIO, message: Mapping[str, Any]) -> None:
+    lines.write(json.dumps(plain(message)) + "\n")
+    lines.flush()
+
+
+if __name__ == "__main__":
+    main()
