@@ -33,6 +33,9 @@ def verify(
     html: Files = None,
     markdown: Files = None,
     junit: Files = None,
+    faults: Annotated[
+        bool, typer.Option("--faults", help="plant faults too, in eager-cpu, and report the score")
+    ] = False,
 ) -> None:
     """Check the fast code against the reference on this machine and say in one sentence whether it is right."""
     from trysquare_conformance.run import run
@@ -41,7 +44,7 @@ def verify(
     console, command = Console(), shlex.join(["trysquare", *sys.argv[1:]])
     chosen = _tier(tier, case)
     with _progress() as progress:
-        result = run(chosen, _lanes(lane), case or (), progress, command)
+        result = run(chosen, _lanes(lane), case or (), progress, command, ["eager-cpu"] if faults else [])
     formats: dict[report.Format, Path | None] = {"json": json, "html": html, "markdown": markdown, "junit": junit}
     for format_, file in formats.items():
         if file is not None:
@@ -63,8 +66,8 @@ def compare(before: Path, after: Path, markdown: Files = None) -> None:
     raise typer.Exit(1 if comparison.regressions else 0)
 
 
-@app.command()
-def faults(
+@app.command("faults")
+def plant_faults(
     lane: LaneNames = None,
     fault: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="faults to plant; may be given again")] = None,
 ) -> None:

@@ -7,7 +7,7 @@ rounding hides is declared indistinguishable, with the reason, and must then not
 import importlib
 import pkgutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -52,21 +52,37 @@ def all_faults() -> tuple[Fault, ...]:
     return tuple(fault for module in modules for fault in module.FAULTS)
 
 
-def run(lanes: Sequence[str], globs: Sequence[str], progress: Progress = lambda *_: None) -> list[Outcome]:
-    """Plant every fault that matches in every lane where it can exist, and let the quick cases look for it."""
-    outcomes: list[Outcome] = []
+def run(
+    lanes: Sequence[str],
+    globs: Sequence[str] = ("*",),
+    progress: Progress = lambda *_: None,
+    budgets: Path | None = None,
+) -> list[Outcome]:
+    """Plant every fault that matches in every lane where it can exist, and let the quick cases look for it.
+
+    Args:
+        lanes: Names of lanes that can run here.
+        globs: Of fault ids.
+        progress: Is told how far it is.
+        budgets: A folder with budgets that this run has measured already.
+
+    Raises:
+        RuntimeError: A lane cannot run here.
+    """
     with tempfile.TemporaryDirectory(prefix="trysquare-") as folder:
-        for lane in (LANES[name] for name in lanes):
-            reason = lane.available()
-            if reason is not None:
-                raise RuntimeError(f"{lane.name} cannot run here: {reason}")
-            hunt = Hunt(lane, BudgetStore(Path(folder)))
-            here = [fault for fault in all_faults() if _matches(fault.id, globs) and _matches(lane.name, fault.lanes)]
-            for done, fault in enumerate(here):
-                progress(lane.name, done, len(here))
-                outcomes.append(Outcome(fault, lane.name, hunt.catch(fault)))
-            progress(lane.name, len(here), len(here))
-    return outcomes
+        store = BudgetStore(budgets or Path(folder))
+        return [outcome for name in lanes for outcome in _run_lane(LANES[name], store, globs, progress)]
+
+
+def _run_lane(lane: Lane, budgets: BudgetStore, globs: Sequence[str], progress: Progress) -> Iterator[Outcome]:
+    reason = lane.available()
+    if reason is not None:
+        raise RuntimeError(f"{lane.name} cannot run here: {reason}")
+    hunt = Hunt(lane, budgets)
+    here = [fault for fault in all_faults() if _matches(fault.id, globs) and _matches(lane.name, fault.lanes)]
+    for done, fault in enumerate(here, 1):
+        yield Outcome(fault, lane.name, hunt.catch(fault))
+        progress(f"faults, {lane.name}", done, len(here))
 
 
 class Hunt:
@@ -120,24 +136,29 @@ def _why_bad(outcome: Outcome) -> str:
 
 def show(outcomes: Sequence[Outcome], console: Console) -> None:
     """Print what became of each, the score last."""
-    table = Table("fault", "what it does", "caught by", "margin", box=None, padding=(0, 2, 0, 0))
+    table = Table("", "fault", "what it does", "margin", "first case that caught it", box=None, padding=(0, 2, 0, 0))
+    for column in table.columns[:4]:
+        column.no_wrap = True
     for outcome in outcomes:
-        row, hidden = outcome.caught, outcome.fault.indistinguishable
-        by = Text("missed", style="bold red") if row is None else Text(f"{row['case']} on {row['lane']}")
-        by = Text(f"indistinguishable: {hidden}", style="dim") if hidden and row is None else by
-        table.add_row(Text(outcome.fault.id), Text(outcome.fault.what), by, Text(_margin(row)))
+        mark = Text("✓", "green") if outcome.good else Text("✗", "red")
+        table.add_row(mark, Text(outcome.fault.id), Text(outcome.fault.what), *map(Text, _told(outcome)))
     console.print(table)
     told = score(outcomes)
     console.print(
-        f"{told['caught']} of {told['planted']} faults caught, {len(told['indistinguishable'])} indistinguishable, "
-        f"{len(told['missed'])} missed"
+        f"{told['caught']} of {told['planted']} planted faults caught, "
+        f"{len(told['indistinguishable'])} indistinguishable, {len(told['missed'])} missed"
     )
 
 
-def _margin(row: Row | None) -> str:
+def _told(outcome: Outcome) -> tuple[str, str]:
+    """Margin and case, or why there is none."""
+    row = outcome.caught
     if row is None:
-        return ""
-    return row["error"] or "" if row["margin"] is None else f"{float(row['margin']):.3g}"
+        hidden = outcome.fault.indistinguishable
+        return "", f"indistinguishable: {hidden}" if hidden else "missed"
+    if row["margin"] is None:
+        return "", f"{row['case']}: {row['error']}"
+    return f"{float(row['margin']):.3g}", row["case"]
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:

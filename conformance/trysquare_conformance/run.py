@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import IO, Any
 
-from trysquare_conformance import registry
+from trysquare_conformance import faults, registry
 from trysquare_conformance.case import Case
 from trysquare_conformance.compare import row
 from trysquare_conformance.lanes import LANES, Lane
@@ -135,8 +136,18 @@ def run(
     patterns: Sequence[str] = (),
     progress: Progress = lambda *_: None,
     command: str = "",
+    fault_lanes: Sequence[str] = (),
 ) -> Result:
-    """Run the cases of a tier in the lanes named, or in all that this machine has, and give the result to report."""
+    """Run the cases of a tier and give the result to report.
+
+    Args:
+        tier: How much to run.
+        lanes: Names; none of them: all that this machine has. What is named must run for a right verdict.
+        patterns: Globs of the case ids to run; none: all.
+        progress: Is told how far each lane is.
+        command: For the report, what was typed.
+        fault_lanes: Lanes in which faults are planted after the cases; a missed one leaves no right verdict.
+    """
     started, clock = datetime.now(UTC), time.perf_counter()
     told: dict[str, LaneRow] = {}
     runs: list[tuple[Lane, list[Case]]] = []
@@ -145,10 +156,14 @@ def run(
         reason = lane.available() or (None if cases else "no case was selected")
         told[lane.name] = _lane_row(lane, reason)
         runs += [] if reason else [(lane, cases)]
-    finished = _run_all(runs, ["--tier", tier, *(f"--case={pattern}" for pattern in patterns)], progress)
+    options = ["--tier", tier, *(f"--case={pattern}" for pattern in patterns)]
+    with tempfile.TemporaryDirectory(prefix="trysquare-") as budgets:
+        finished = _run_all(runs, [*options, "--budgets", budgets], progress)
+        planted = faults.run(fault_lanes, progress=progress, budgets=Path(budgets)) if fault_lanes else []
     told |= {lane["name"]: lane for lane, _ in finished}
     rows = [row for _, of_lane in finished for row in of_lane]
-    word, sentence = verdict(list(told.values()), rows, demanded=lanes)
+    score = faults.score(planted) if planted else None
+    word, sentence = verdict(list(told.values()), rows, lanes, score)
     return {
         "schema": SCHEMA,
         "verdict": word,
@@ -160,7 +175,7 @@ def run(
         "machine": describe_machine(),
         "lanes": list(told.values()),
         "results": rows,
-        "faults": None,
+        "faults": score,
     }
 
 
@@ -172,16 +187,7 @@ def _run_all(
         return []
     cores = os.cpu_count() or 1
     threads = max(1, cores // len(runs))
-    with tempfile.TemporaryDirectory(prefix="trysquare-") as budgets, ThreadPoolExecutor(min(cores, len(runs))) as pool:
-        worker = [
-            sys.executable,
-            "-m",
-            "trysquare_conformance.worker",
-            *options,
-            "--budgets",
-            budgets,
-            "--threads",
-            str(threads),
-        ]
-        lane_runs = [LaneRun(lane, cases, [*worker, "--lane", lane.name], progress) for lane, cases in runs]
+    worker = [sys.executable, "-m", "trysquare_conformance.worker", *options, "--threads", str(threads)]
+    lane_runs = [LaneRun(lane, cases, [*worker, "--lane", lane.name], progress) for lane, cases in runs]
+    with ThreadPoolExecutor(min(cores, len(runs))) as pool:
         return list(pool.map(LaneRun.run, lane_runs))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from trysquare_conformance.report.schema import Lane, Row, Verdict
+from trysquare_conformance.report.schema import Faults, Lane, Row, Verdict
 
 EXIT_CODES: dict[Verdict, int] = {"right": 0, "wrong": 1, "could not tell": 3, "not run here": 4}
 """2 is what a command line answers to arguments that it does not understand."""
@@ -11,8 +11,13 @@ EXIT_CODES: dict[Verdict, int] = {"right": 0, "wrong": 1, "could not tell": 3, "
 GOOD = ("right", "expected failure")
 
 
-def verdict(lanes: Sequence[Lane], rows: Sequence[Row], demanded: Sequence[str] = ()) -> tuple[Verdict, str]:
-    """The verdict and its sentence. A lane in `demanded` that did not run is never right; nor is a run of no case."""
+def verdict(
+    lanes: Sequence[Lane], rows: Sequence[Row], demanded: Sequence[str] = (), faults: Faults | None = None
+) -> tuple[Verdict, str]:
+    """The verdict and its sentence.
+
+    Never right are: a run of no case, a lane in `demanded` that did not run, cases that missed a planted fault.
+    """
     wrong = [row for row in rows if row["status"] == "wrong"]
     if wrong:
         return (
@@ -24,6 +29,9 @@ def verdict(lanes: Sequence[Lane], rows: Sequence[Row], demanded: Sequence[str] 
         first = unknown[0]
         why = f": {first['error']}" if first["error"] else ""
         return "could not tell", f"Could not tell: {len(unknown)} of {_cases(rows)}, first {_place(first)}{why}."
+    if faults is not None and faults["missed"]:
+        names = ", ".join(entry["name"] for entry in faults["missed"])
+        return "could not tell", f"Could not tell: {_cases(rows)} are right, but they would miss a fault ({names})."
     absent = [lane for lane in lanes if lane["status"] != "ran" and lane["name"] in demanded]
     if absent or not rows:
         reasons = "; ".join(f"{lane['name']}: {lane['reason']}" for lane in absent or lanes) or "no case was selected"
