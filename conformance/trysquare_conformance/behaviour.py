@@ -1,6 +1,7 @@
 """What the tests of an optimizer's behaviour share: all that it holds, bit for bit, and whether a run was honest."""
 
 import contextlib
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -92,6 +93,13 @@ def _group(group: dict[str, Any]) -> dict[str, Any]:
     return {**values, "params": [id(p) for p in group["params"]]}
 
 
+def progress(optimizer: Optimizer) -> dict[str, Any]:
+    """What a resumed run must have in common with one that was never interrupted: all but the identity of tensors."""
+    found = everything(optimizer)
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in found["groups"]]
+    return {"parameters": [bits(p) for p in all_parameters(optimizer)], "state": found["state"], "groups": groups}
+
+
 @contextlib.contextmanager
 def nothing_changes(optimizer: Optimizer) -> Iterator[None]:
     """Assert that whatever happens inside leaves every bit as it was."""
@@ -101,6 +109,30 @@ def nothing_changes(optimizer: Optimizer) -> Iterator[None]:
     changed = [name for name in before if before[name] != after[name]]
     if changed:
         raise AssertionError(f"changed: {', '.join(changed)}\nbefore: {before}\nafter: {after}")
+
+
+# Resuming
+
+
+def written(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file, read without running code."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+def clones(optimizer: Optimizer) -> list[Tensor]:
+    """New parameters with the values of an optimizer's."""
+    return [torch.nn.Parameter(p.detach().clone()) for p in all_parameters(optimizer)]
+
+
+def resumed(optimizer: Optimizer, **settings: Any) -> Any:
+    """What another process makes of files with the model's weights and the optimizer's state dict, in one group."""
+    again = type(optimizer)(clones(optimizer), **settings)
+    again.load_state_dict(written(optimizer.state_dict()))
+    return again
 
 
 # Honest results
