@@ -60,7 +60,7 @@ RUNS = (
     Run("AdamW", "softmax", 1e-2),
     Run("AdamW", "StableMax", 1e-2),
     Run("DolphinFlow", "softmax", 1e-3),
-    Run("DolphinFlow", "StableMax", 2e-3),
+    Run("DolphinFlow", "StableMax", 1e-3),
 )
 
 
@@ -125,9 +125,9 @@ def modular_addition(generator: torch.Generator) -> Task:
 
 
 def initial_weights(generator: torch.Generator) -> list[torch.nn.Parameter]:
-    """Matrices of shape (out, in) as `torch.nn.Linear` initialises them: uniform within ±1/√in."""
+    """Matrices of shape (out, in), Gaussian with variance 1/in, so that no layer amplifies what it gets."""
     shapes = zip(WIDTHS[1:], WIDTHS[:-1], strict=True)
-    draws = [(2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1]) for shape in shapes]
+    draws = [torch.randn(shape, generator=generator) / math.sqrt(shape[1]) for shape in shapes]
     return [torch.nn.Parameter(draw) for draw in draws]
 
 
