@@ -1,0 +1,1 @@
+"""Checks the fast code against the reference on your machine: `trysquare verify`."""

@@ -33,7 +33,8 @@ class Draw:
     weights: Array | None = None
 
     def normal(self, scale: float = 1.0) -> Array:
-        return self.rng.normal(size=self.shape) * scale
+        """An array, 0-dimensional where the shape is, and not NumPy's scalar."""
+        return np.asarray(self.rng.normal(size=self.shape) * scale)
 
     def rows(self) -> int:
         return self.shape[0] if self.shape else 1

@@ -59,19 +59,19 @@ class LaneRun:
     def _listen(self, errors: IO[str]) -> str:
         """Reads lines until the process ends; returns how it ended."""
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **dict(self.lane.environment)}
-        process = subprocess.Popen(
-            self.command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, encoding="utf-8"
-        )
-        watchdog = _Watchdog(process, self.silence)
-        try:
-            for line in process.stdout or ():
-                watchdog.heard()
-                self._take(json.loads(line))
-            code = process.wait()
-        finally:
-            watchdog.stop()
-            process.kill()
-            process.wait()
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": errors, "env": environment}
+        with subprocess.Popen(self.command, text=True, encoding="utf-8", **options) as process:
+            watchdog = _Watchdog(process, self.silence)
+            try:
+                for line in process.stdout or ():
+                    watchdog.heard()
+                    self._take(json.loads(line))
+                code = process.wait()
+            except ValueError:
+                return f"the lane was stopped because it said {line.strip()!r}"
+            finally:
+                watchdog.stop()
+                process.kill()
         if watchdog.barked:
             return f"the lane was stopped after {self.silence:g} s of silence"
         return f"the lane's process ended with exit code {code}"

@@ -192,10 +192,15 @@ def standard() -> tuple[Case, ...]:
     )
 
 
+PRODUCTS: tuple[dict[str, tuple[Any, ...]], ...] = (
+    {**RULES, "dtype": DTYPES, "shapes": SHAPES, "layout": LAYOUTS, "steps": (1, 2, MANY_STEPS)},
+    {**HOSTILE, "inputs": tuple(inputs.KINDS)},
+)
+
+
 def exhaustive() -> Iterator[Case]:
-    """The full product of rules, dtypes, shapes, layouts and steps; and of rules, dtypes and every kind of input."""
-    places = {"dtype": DTYPES, "shapes": SHAPES, "layout": LAYOUTS, "steps": (1, 2, MANY_STEPS)}
-    for factors in ({**RULES, **places}, {**HOSTILE, "inputs": tuple(inputs.KINDS)}):
+    """The full products: of rules, dtypes, shapes, layouts and steps; of rules, dtypes and every kind of input."""
+    for factors in PRODUCTS:
         for levels in product(*factors.values()):
             choice = dict(zip(factors, levels, strict=True))
             if allowed(choice):

@@ -1,0 +1,93 @@
+"""Planted faults: they are caught, nothing of them stays, and a suite that misses one does not pass."""
+
+import inspect
+from fnmatch import fnmatchcase
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from trysquare.ops import decay, moments
+from trysquare_conformance import faults
+from trysquare_conformance.lanes import LANES
+from trysquare_conformance.planting import Fault, Planter
+
+FAULTS = faults.all_faults()
+
+
+def planted(change: str, **options: str) -> Fault:
+    """A fault that is there (`decay` missing) or none at all (`nothing`)."""
+    plant = Planter("dolphinflow")
+    what = {"decay": lambda _: lambda theta, *__: theta, "nothing": lambda original: original}[change]
+    plant.add(change, f"{change} for a test", decay, "decoupled_decay_", what, **options)
+    return plant.faults[0]
+
+
+def outcomes(monkeypatch: pytest.MonkeyPatch, *those: Fault) -> list[faults.Outcome]:
+    """What becomes of these faults in eager-cpu, looked for by one case of one step."""
+    monkeypatch.setattr(faults, "all_faults", lambda: those)
+    chosen = list(faults.registry.select("quick", ["dolphinflow/*/zero-rows/*"]))
+    monkeypatch.setattr(faults.registry, "select", lambda *_: chosen)
+    return faults.run(["eager-cpu"])
+
+
+def test_faults_have_names_of_their_own_and_say_what_they_do() -> None:
+    assert len({fault.id for fault in FAULTS}) == len(FAULTS)
+    assert [fault.id for fault in FAULTS if not fault.what or " " in fault.name] == []
+    assert len([fault for fault in FAULTS if fault.algorithm == "dolphinflow"]) >= 30
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+def test_a_fault_changes_something_that_exists_and_leaves_it_as_it_was(fault: Fault) -> None:
+    before = inspect.getattr_static(fault.owner, fault.attribute)
+    with fault.planted():
+        assert inspect.getattr_static(fault.owner, fault.attribute) is not before
+    assert inspect.getattr_static(fault.owner, fault.attribute) is before
+    assert any(fnmatchcase(name, glob) for name in LANES for glob in fault.lanes)
+
+
+def test_a_fault_is_taken_back_when_the_code_raises() -> None:
+    before = moments.nesterov_
+    with pytest.raises(ZeroDivisionError), planted("decay").planted():
+        raise ZeroDivisionError
+    assert moments.nesterov_ is before
+
+
+def test_a_caught_fault_names_the_case_that_caught_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    (outcome,) = outcomes(monkeypatch, planted("decay"))
+    assert outcome.good
+    assert outcome.caught is not None
+    assert "zero-rows" in outcome.caught["case"]
+    assert faults.score([outcome]) == {"caught": 1, "planted": 1, "indistinguishable": [], "missed": []}
+
+
+def test_a_missed_fault_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    (outcome,) = outcomes(monkeypatch, planted("nothing"))
+    score = faults.score([outcome])
+    assert not outcome.good
+    assert (score["caught"], [entry["name"] for entry in score["missed"]]) == (0, ["dolphinflow/nothing"])
+
+
+def test_an_indistinguishable_fault_must_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, seen = outcomes(
+        monkeypatch,
+        planted("nothing", indistinguishable="it does nothing"),
+        planted("decay", indistinguishable="nobody would notice"),
+    )
+    score = faults.score([hidden, seen])
+    assert (hidden.good, seen.good) == (True, False)
+    assert [entry["reason"] for entry in score["indistinguishable"]] == ["it does nothing"]
+    assert "tells it apart" in score["missed"][0]["reason"]
+
+
+def test_the_score_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = StringIO()
+    faults.show(outcomes(monkeypatch, planted("decay"), planted("nothing")), Console(file=text, width=200))
+    assert "1 of 2 planted faults caught, 0 indistinguishable, 1 missed" in text.getvalue()
+
+
+def test_a_lane_that_cannot_run_plants_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    lane = LANES["compiled-cpu"]
+    monkeypatch.setitem(LANES, lane.name, type(lane)(lane.name, lane.device, lane.backend, lambda: "no compiler"))
+    with pytest.raises(RuntimeError, match="compiled-cpu cannot run here: no compiler"):
+        faults.run(["compiled-cpu"])

@@ -1,0 +1,86 @@
+"""The three rooms hold the same things: what the reference defines is what the fast code does and what is checked."""
+
+import ast
+import inspect
+import pkgutil
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+import trysquare
+import trysquare.ops
+import trysquare_conformance
+import trysquare_reference
+from trysquare_conformance import faults, registry
+from trysquare_conformance.lanes import LANES
+from trysquare_reference import dolphinflow as reference
+
+EXECUTION = ["nonfinite", "workspace_bytes", "backend"]
+TOLERANCES = {"atol", "rtol", "abs", "rel", "rel_tol", "abs_tol", "decimal", "significant"}
+
+
+def public(package: ModuleType) -> set[str]:
+    """The modules of a package that are pages, not machinery."""
+    return {module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")} - {
+        "ops"
+    }
+
+
+def test_reference_fast_and_cases_hold_the_same_algorithms() -> None:
+    algorithms = set(registry.ALGORITHMS)
+    assert algorithms == public(trysquare)
+    assert algorithms <= public(trysquare_reference)
+    assert {fault.algorithm for fault in faults.all_faults()} == algorithms
+
+
+def test_every_reference_page_has_its_tensor_functions_under_the_same_name() -> None:
+    assert public(trysquare_reference) == public(trysquare.ops)
+
+
+def test_every_public_name_belongs_to_an_algorithm() -> None:
+    owners = {getattr(trysquare, name).__module__.removeprefix("trysquare.") for name in trysquare.__all__}
+    assert owners == set(registry.ALGORITHMS)
+
+
+def test_hyperparameters_agree_in_name_order_and_default() -> None:
+    signature = inspect.signature(trysquare.DolphinFlow).parameters
+    given = {name: parameter.default for name, parameter in signature.items() if name not in {"params", *EXECUTION}}
+    declared = {field.name: field.default for field in fields(reference.Hyperparameters)}
+    assert list(given.items()) == list(declared.items())
+    assert list(signature)[-len(EXECUTION) :] == EXECUTION
+    keyword_only = [name for name, p in signature.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    assert keyword_only == ["project", "bias_correction", *EXECUTION]
+
+
+@pytest.mark.parametrize("adaptive_lr", [True, False])
+def test_states_have_the_same_names(adaptive_lr: bool) -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    optimizer = trysquare.DolphinFlow([parameter], adaptive_lr=adaptive_lr)
+    optimizer.step()
+    declared = reference.init(np.ones((2, 2)), reference.Hyperparameters(adaptive_lr=adaptive_lr))
+    assert list(optimizer.state[parameter]) == list(declared)
+
+
+def test_every_backend_has_a_lane_and_every_lane_a_baseline() -> None:
+    assert {"eager", "compiled"} == {lane.backend for lane in LANES.values()}
+    assert [lane.name for lane in LANES.values()] == list(LANES)
+    assert {lane.baseline.name for lane in LANES.values() if lane.baseline} == {"eager-cpu", "eager-cuda"}
+
+
+def test_no_tolerance_is_written_anywhere_but_in_the_budget() -> None:
+    root = Path(trysquare_conformance.__file__).parents[1]
+    found = [
+        f"{path.relative_to(root)}:{call.lineno}: {keyword.arg}"
+        for path in root.rglob("*.py")
+        if path.name != "budget.py"
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call)
+        for keyword in call.keywords
+        if keyword.arg in TOLERANCES
+    ]
+    assert found == []

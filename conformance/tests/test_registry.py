@@ -1,0 +1,152 @@
+"""The registry: what is declared is stable, complete and paired."""
+
+import inspect
+import re
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import trysquare
+from trysquare_conformance import inputs, registry
+from trysquare_conformance.case import SHORT_DTYPES, TIERS, Case
+from trysquare_conformance.cases import dolphinflow
+from trysquare_conformance.lanes import LANES
+from trysquare_conformance.pairwise import Choice, Factors, pairwise, uncovered
+
+STANDARD = registry.select("standard")
+OF_DOLPHINFLOW = [case for case in STANDARD if case.algorithm == "dolphinflow"]
+
+
+def choices(cases: Iterable[Case], factors: Factors) -> list[Choice]:
+    """What each case has of these factors, if every level is one of theirs."""
+    levels = [
+        {**case.hyperparameters, **{n: getattr(case, n) for n in ("dtype", "shapes", "layout", "inputs", "steps")}}
+        for case in cases
+    ]
+    mine = [{name: every[name] for name in factors} for every in levels]
+    return [choice for choice in mine if all(choice[name] in factors[name] for name in factors)]
+
+
+def test_ids_are_unique_and_fit_a_shell_and_a_glob() -> None:
+    ids = [case.id for case in islice(registry.all_cases(), 20_000)]
+    assert len(set(ids)) == len(ids)
+    assert [name for name in ids if not re.fullmatch(r"[\w./=+-]+", name)] == []
+
+
+def test_an_id_tells_every_setting() -> None:
+    named: dict[str, Case] = {}
+    for case in STANDARD:
+        assert named.setdefault(case.id, case) == case
+    assert OF_DOLPHINFLOW[0].id == (
+        "dolphinflow/vector/gradient/adaptive/clip=1/decay=0.01/lr=0.01/fp32/40x24+24/contiguous/gaussian/steps=2"
+    )
+
+
+def test_ids_and_seeds_are_the_same_in_every_process() -> None:
+    assert inputs.seed("dolphinflow", 3) == 3652295984
+    assert dolphinflow.standard() == dolphinflow.standard.__wrapped__()
+
+
+@pytest.mark.parametrize("lane", [None, *LANES])
+def test_a_tier_holds_the_smaller_ones(lane: str | None) -> None:
+    quick, standard = ({case.id for case in registry.select(tier, (), lane)} for tier in TIERS[:2])
+    assert quick < standard
+
+
+def test_smaller_tiers_come_first_so_that_selection_can_stop() -> None:
+    for subject in registry.ALGORITHMS.values():
+        tiers = [TIERS.index(case.tier) for case in islice(subject.cases(), 2_000)]
+        assert tiers == sorted(tiers)
+
+
+def test_selection_takes_globs() -> None:
+    assert {case.dtype for case in registry.select("standard", ["dolphinflow/*/fp64/*"])} == {"float64"}
+    assert registry.select("quick", ["no such case"]) == []
+    assert registry.smallest_tier(["dolphinflow/*/steps=50"]) == "quick"
+    assert registry.smallest_tier([OF_DOLPHINFLOW[-1].id]) == "standard"
+    with pytest.raises(ValueError, match="tier='slow'"):
+        registry.select("slow")
+
+
+def test_every_constructor_argument_is_exercised() -> None:
+    arguments = set(inspect.signature(trysquare.DolphinFlow).parameters) - {"params", "backend"}
+    values: dict[str, set[Any]] = {name: {case.hyperparameters[name] for case in OF_DOLPHINFLOW} for name in arguments}
+    assert {name for name, seen in values.items() if len(seen) < 2} == set()
+    assert {"eager", "compiled"} <= {lane.backend for lane in LANES.values()}
+
+
+def test_every_pair_of_levels_occurs() -> None:
+    ordinary = {**dolphinflow.FORMULAS, **dolphinflow.NUMBERS}
+    for factors in (ordinary, dolphinflow.HOSTILE):
+        assert uncovered(factors, choices(OF_DOLPHINFLOW, factors), dolphinflow.allowed) == set()
+
+
+def test_many_steps_meet_every_level() -> None:
+    factors = {**dolphinflow.FORMULAS, **dolphinflow.NUMBERS, "steps": (dolphinflow.MANY_STEPS,)}
+    missing = uncovered(factors, choices(OF_DOLPHINFLOW, factors), dolphinflow.allowed)
+    assert [pair for pair in missing if "steps" in dict(pair)] == []
+
+
+def test_the_standard_tier_has_every_input_layout_dtype_and_kind_of_shape() -> None:
+    assert {case.inputs for case in OF_DOLPHINFLOW} == set(inputs.KINDS)
+    assert {case.layout for case in OF_DOLPHINFLOW} == set(inputs.LAYOUTS)
+    assert {case.dtype for case in OF_DOLPHINFLOW} == set(SHORT_DTYPES)
+    shapes = {shape for case in OF_DOLPHINFLOW for shape in case.shapes}
+    assert {len(shape) for shape in shapes} == {0, 1, 2, 3, 4, 5}
+    assert any(0 in shape for shape in shapes)
+    assert any(len(case.shapes) > 3 for case in OF_DOLPHINFLOW)
+
+
+def test_the_exhaustive_tier_is_a_product() -> None:
+    rules, hostile = dolphinflow.PRODUCTS
+    listed = {"ortho_mode", "project", "adaptive_lr", "gradient_clipping", "weight_decay", "bias_correction"}
+    assert listed | {"dtype", "shapes", "layout", "steps"} == set(rules)
+    assert listed | {"dtype", "inputs", "nonfinite"} <= set(hostile)
+    assert rules["steps"] == (1, 2, 50)
+    last = {"ortho_mode": None, "layout": "expanded", "steps": 1}
+    expected = dolphinflow.case("exhaustive", **{name: last.get(name, levels[0]) for name, levels in rules.items()})
+    assert expected in islice(dolphinflow.exhaustive(), 100_000)
+
+
+@pytest.mark.parametrize("layout", inputs.LAYOUTS)
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 4, 5), (2, 3, 2, 2, 2), (1, 5), (0, 3)])
+def test_a_layout_keeps_the_values_and_is_one(layout: str, shape: tuple[int, ...]) -> None:
+    tensor = torch.arange(float(np.prod(shape))).reshape(shape)
+    made = inputs.lay_out(tensor, layout)
+    expected = tensor[:1].expand(shape) if layout == "expanded" else tensor
+    assert torch.equal(made, expected)
+    changed = made.stride() != tensor.stride() or made.storage_offset() > 0
+    assert changed == (layout != "contiguous" and inputs.fits(layout, shape) and shape not in {(1, 5), (0, 3)}) or (
+        shape in {(1, 5), (0, 3)}
+    )
+
+
+@pytest.mark.parametrize("name", inputs.KINDS)
+def test_a_kind_of_input_says_why_and_is_what_it_says(name: str) -> None:
+    kind = inputs.KINDS[name]
+    assert len(kind.reason) > 10
+    for dtype in kind.dtypes:
+        for shape in ((6, 5), (6,), (), (0, 3), (4, 3, 2, 2)):
+            weights = kind.weights(inputs.Draw(np.random.default_rng(0), shape, dtype))
+            gradient = kind.gradient(inputs.Draw(np.random.default_rng(1), shape, dtype, weights))
+            assert weights.shape == gradient.shape == shape
+            assert np.isfinite(gradient).all() == (kind.finite or gradient.size == 0)
+
+
+def test_pairs_are_covered_with_few_combinations_and_respect_what_is_allowed() -> None:
+    factors: Factors = {"a": range(4), "b": range(4), "c": range(3), "d": (False, True)}
+
+    def allowed(choice: Choice) -> bool:
+        return not (choice.get("a") == 1 and choice.get("d"))
+
+    chosen = pairwise(factors, allowed)
+    assert uncovered(factors, chosen, allowed) == set()
+    assert all(map(allowed, chosen))
+    assert 16 <= len(chosen) <= 20
+    around = pairwise(factors, around="c")
+    assert len(around) == 12
+    assert not [pair for pair in uncovered(factors, around) if "c" in dict(pair)]
