@@ -100,7 +100,15 @@ def verify(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
     """Train the modular-addition task with AdamW and DolphinFlow; print the table, draw the picture."""
-    House(session, "verify").run("trysquare", "demo", *session.posargs)
+    REPORTS.mkdir(exist_ok=True)
+    arguments = session.posargs or ["--picture", str(REPORTS / "demo.png")]
+    House(session, "verify").run("trysquare", "demo", *arguments)
+
+
+@nox.session(venv_backend="none")
+def faults(session: nox.Session) -> None:
+    """Plant every fault in the compiled lane, where each has to be compiled; `tests` plants them in the eager one."""
+    House(session, "verify").run("trysquare", "faults", *(session.posargs or ["--lane", "compiled-cpu"]))
 
 
 @nox.session(venv_backend="none")
@@ -119,10 +127,10 @@ def types(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """The standard tier of the conformance suite, written to reports/, then the pytest suite."""
+    """The standard tier of the conformance suite and its planted faults, written to reports/, then the pytest suite."""
     house = House(session, "verify", groups=("test",))
     if not session.posargs:
-        house.run("trysquare", "verify", "--tier", "standard", *files("conformance"))
+        house.run("trysquare", "verify", "--tier", "standard", "--faults", *files("conformance"))
     house.run("pytest", *session.posargs, TRYSQUARE_ORACLES=original(session))
 
 
