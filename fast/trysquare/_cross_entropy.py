@@ -109,7 +109,7 @@ def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
 
 def _within(target: Tensor, classes: int) -> bool:
     low, high = target.aminmax()
-    return 0 <= int(low) and int(high) < classes
+    return int(low) >= 0 and int(high) < classes
 
 
 def _check_weight(x: Tensor, target: Tensor, weight: Tensor) -> None:

@@ -33,7 +33,7 @@ $$ \frac{\partial\ell}{\partial x_k} = \gamma'(x_k)\,\Bigl(p_k \sum_j a_j - a_k\
 
 With an incoming gradient $g$ for every class:
 
-$$ \sum_k g_k \frac{\partial p_k}{\partial x_i} = \frac{s'(x_i)}{\sum_j s(x_j)}\Bigl(g_i - \sum_k g_k p_k\Bigr), \qquad
+$$ \sum_k g_k \frac{\partial p_k}{\partial x_i} = \gamma'(x_i)\,p_i\,\Bigl(g_i - \sum_k g_k p_k\Bigr), \qquad
    \sum_k g_k \frac{\partial \log p_k}{\partial x_i} = \gamma'(x_i)\,\Bigl(g_i - p_i \sum_k g_k\Bigr) $$
 
 ## Symbols
@@ -131,8 +131,11 @@ def log_s_slope(x: Array) -> Array:
     return 1 / (1 + np.abs(x))
 
 
+@quiet
 def stablemax(x: Array, axis: int = -1) -> Array:
-    """Return $p$.
+    r"""Return $p$.
+
+    Relative to $\max s$ first, so that the sum cannot overflow.
 
     Args:
         x: Logits of any shape.
@@ -142,7 +145,8 @@ def stablemax(x: Array, axis: int = -1) -> Array:
         >>> stablemax(np.array([1.0, 1.0]))
         array([0.5, 0.5])
     """
-    return np.asanyarray(s(x) / np.sum(s(x), axis=axis, keepdims=True))
+    values = s(x) / np.max(s(x), axis=axis, keepdims=True)
+    return np.asanyarray(values / np.sum(values, axis=axis, keepdims=True))
 
 
 @quiet
@@ -178,8 +182,7 @@ def stablemax_gradient(x: Array, g: Array, axis: int = -1) -> Array:
         array([ 0.125, -0.125])
     """
     p = stablemax(x, axis)
-    centred = g - np.sum(g * p, axis=axis, keepdims=True)
-    return np.asanyarray(s_slope(x) / np.sum(s(x), axis=axis, keepdims=True) * centred)
+    return np.asanyarray(log_s_slope(x) * p * (g - np.sum(g * p, axis=axis, keepdims=True)))
 
 
 def log_stablemax_gradient(x: Array, g: Array, axis: int = -1) -> Array:
@@ -262,7 +265,8 @@ def cross_entropy_gradient(
     a = coefficients(x, target, weight, ignore_index, label_smoothing)
     total = np.sum(a, axis=axis, keepdims=True)
     factor = _factor(x, target, weight, ignore_index, reduction, g)
-    gradient = log_s_slope(x) * (stablemax(x, axis) * total - a) * factor
+    p = np.exp(log_stablemax(x, axis))
+    gradient = log_s_slope(x) * (p * total - a) * factor
     return np.where(_counted(x, target, ignore_index), gradient, 0.0)
 
 

@@ -43,7 +43,7 @@ def log_sum(x: Tensor, dim: int = 1) -> Tensor:
     """
     above = x.clamp(min=0).mul_(HEADROOM).sum(dim)
     total = s_below(x).sum(dim).add_(above, alpha=1 / HEADROOM)
-    huge = above.log() - math.log(HEADROOM) + 0 * above
+    huge = (above.log() - math.log(HEADROOM)).masked_fill_(above == math.inf, math.nan)
     return torch.where(total == math.inf, huge, total.log())
 
 
