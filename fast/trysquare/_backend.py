@@ -38,13 +38,20 @@ def run(backend: str, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     calls[backend, function.__name__] += 1
     if backend == "compiled":
-        return _compiled(function, *_static(args))(*args)
+        return _compiled(function, *map(_static, args))(*map(_detached, args))
     return function(*args)
 
 
-def _static(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a compilation specialises on: everything but the tensors, and of those the dtype, device and rank."""
-    return tuple((a.dtype, a.device.type, a.ndim) if isinstance(a, torch.Tensor) else a for a in args)
+def _static(arg: Any) -> Any:
+    """What a compilation specialises on: all of an argument, or of a tensor what torch.compile does not keep open."""
+    if not isinstance(arg, torch.Tensor):
+        return arg
+    return arg.dtype, arg.device.type, tuple(size == 1 for size in arg.shape), arg.is_contiguous()
+
+
+def _detached(arg: Any) -> Any:
+    """A tensor that says neither whether it needs a gradient nor of what it is a view: each would be compiled anew."""
+    return arg.detach() if isinstance(arg, torch.Tensor) else arg
 
 
 @functools.cache
@@ -64,10 +71,13 @@ def scalars(backend: str, values: list[float | torch.Tensor]) -> list[float | to
     """Hyperparameters as a backend takes them: floats, or 0-dim tensors for a compiled update."""
     if backend != "compiled" or torch.compiler.is_compiling():
         return values
-    return [value if isinstance(value, torch.Tensor) else _scalar(float(value)) for value in values]
+    return [v if isinstance(v, torch.Tensor) else _scalar(float(v), place) for place, v in enumerate(values)]
 
 
 @functools.lru_cache(maxsize=1024)
-def _scalar(value: float) -> torch.Tensor:
-    """A float as a 0-dim tensor: a compiled update takes a new value without being compiled again."""
+def _scalar(value: float, _place: int) -> torch.Tensor:
+    """A float as a 0-dim tensor: a compiled update takes a new value without being compiled again.
+
+    One for each place: were two equal values the same tensor, an update would be compiled for that coincidence.
+    """
     return torch.tensor(value, dtype=torch.float64)
