@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import product
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -292,13 +293,25 @@ def log_stablemax(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _run(lane: Lane, function: Any, *arguments: Any) -> torch.Tensor:
-    """Call as the lane does; the eager functions count their own calls."""
+    """Call as the lane does. The eager functions count their own calls, a compiled one is counted here."""
     from trysquare import _backend
 
-    result: torch.Tensor = (
-        function(*arguments) if lane.backend == "eager" else _backend.run(lane.backend, function, *arguments)
-    )
-    return result
+    if lane.backend == "eager":
+        return function(*arguments)  # type: ignore[no-any-return]
+    _backend.calls[lane.backend, function.__name__] += 1
+    return _compiled(function, *map(_kind, arguments))(*arguments)  # type: ignore[no-any-return]
+
+
+def _kind(argument: Any) -> Any:
+    """What is compiled for itself: every setting, and of a tensor the dtype and rank."""
+    return (argument.dtype, argument.ndim) if isinstance(argument, torch.Tensor) else argument
+
+
+@cache
+def _compiled(function: Any, *kinds: Any) -> Any:
+    """The function for all sizes, with a code object of its own, of which torch.compile compiles only a handful."""
+    name = f"{function.__name__}_{abs(hash(kinds)):x}"
+    return torch.compile(FunctionType(function.__code__.replace(co_name=name), globals()), dynamic=True, fullgraph=True)
 
 
 def _tensor(array: Array, case: Case, lane: Lane) -> torch.Tensor:

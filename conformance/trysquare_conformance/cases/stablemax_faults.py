@@ -18,7 +18,7 @@ plant = Planter("stablemax")
 FAULTS = plant.faults
 
 EAGER = ("eager-*",)
-"""The compiled lane compiles the same functions and has one quick case: only faults that it can see are planted there."""
+"""The compiled lane compiles the same functions, with one quick case: only faults that it can see are planted there."""
 
 functions = importlib.import_module("trysquare.stablemax")  # the package's attribute of that name is the function
 
