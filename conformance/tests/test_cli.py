@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from trysquare_conformance import __main__, cli, lanes, machine, registry, report, run
 from trysquare_conformance.compare import row
+from trysquare_conformance.process import LaneProcess
 from trysquare_conformance.report.schema import Lane, Result, Row
 from trysquare_conformance.verdict import EXIT_CODES, verdict
 
@@ -35,7 +36,10 @@ def command(*arguments: str) -> Any:
 def lane_run(code: str, silence: float = 60.0) -> tuple[Lane, list[Row]]:
     """A lane whose process is this Python program."""
     program = [sys.executable, "-c", f"import json, os, sys, time\n{code}"]
-    return run.LaneRun(lanes.LANES["eager-cpu"], CASES, program, lambda *_: None, silence).run()
+    lane = lanes.LANES["eager-cpu"]
+    process = LaneProcess(lane.name, lane, CASES, program, lambda *_: None, silence)
+    found = process.run()
+    return run._lane_row(lane, None, [process]), found
 
 
 def says(event: str, **fields: Any) -> str:

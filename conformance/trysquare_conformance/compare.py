@@ -23,11 +23,12 @@ from trysquare_conformance.witness import Witness
 class BudgetStore:
     """Budgets of a run, on disk: the reference's spread depends on the case and not on the lane, so one lane measures.
 
-    The folder lives as long as the run: a budget never outlives the code that made it.
+    The folder lives as long as the run: a budget never outlives the code that made it. A process that has filled its
+    share of it keeps nothing more: the exhaustive tier would fill a disk.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, share: int = 1 << 30) -> None:
+        self.folder, self.left = folder, share
 
     def get(self, case: Case, stage: Stage) -> dict[str, Budget]:
         """The budget of each output of a stage, measured now if no lane has yet."""
@@ -37,10 +38,16 @@ class BudgetStore:
             loaded: dict[str, Budget] = pickle.loads(file.read_bytes())  # noqa: S301  # this run wrote it
             return loaded
         budgets = measure(stage.reference, stage.arithmetic, stage.stored, seed=key)
-        unfinished = file.with_suffix(f".{time.monotonic_ns()}")
-        unfinished.write_bytes(pickle.dumps(budgets))
-        unfinished.replace(file)
+        self._keep(file, pickle.dumps(budgets))
         return budgets
+
+    def _keep(self, file: Path, content: bytes) -> None:
+        """Whole or not at all: another process may be looking."""
+        self.left -= len(content)
+        if self.left > 0:
+            unfinished = file.with_suffix(f".{time.monotonic_ns()}")
+            unfinished.write_bytes(content)
+            unfinished.replace(file)
 
 
 @dataclass(frozen=True)

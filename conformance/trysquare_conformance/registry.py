@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from trysquare_conformance import cases as pages
@@ -22,6 +22,7 @@ __all__ = [
     "Subject",
     "Wrap",
     "all_cases",
+    "part",
     "select",
     "shape_name",
     "smallest_tier",
@@ -56,6 +57,11 @@ def select(tier: str, patterns: Iterable[str] = (), lane: str | None = None) -> 
         of_tier = itertools.takewhile(lambda case: case.tier in wanted, subject.cases())
         chosen += [case for case in of_tier if case.tier_in(lane) in wanted and _matches(case.id, globs)]
     return chosen
+
+
+def part(cases: Sequence[Case], index: int, parts: int) -> list[Case]:
+    """One of so many parts, of neighbours, which are likely to share a compilation."""
+    return list(cases[len(cases) * index // parts : len(cases) * (index + 1) // parts])
 
 
 def smallest_tier(patterns: Iterable[str]) -> str | None:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,24 +21,29 @@ from trysquare_conformance.report.schema import plain
 from trysquare_conformance.witness import Witness
 
 
-def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+def arguments() -> argparse.Namespace:
+    """What the parent asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lane", required=True, choices=list(LANES))
     parser.add_argument("--tier", required=True, choices=registry.TIERS)
     parser.add_argument("--budgets", required=True, type=Path, help="folder that the lanes of one run share")
     parser.add_argument("--case", action="append", default=[], metavar="GLOB")
     parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args(given)
+    parser.add_argument("--part", type=int, default=0, help="which of the parts of the lane's cases")
+    parser.add_argument("--parts", type=int, default=1)
+    return parser.parse_args()
 
 
 def main() -> None:
+    """Run the lane."""
     options = arguments()
     lines = _take_stdout()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")  # of torch's own code; the suite judges numbers
     lane = LANES[options.lane]
     witness, budgets = Witness(lane), BudgetStore(options.budgets)
-    for case in registry.select(options.tier, options.case, lane.name):
+    cases = registry.select(options.tier, options.case, lane.name)
+    for case in registry.part(cases, options.part, options.parts):
         _write(lines, {"event": "case", "case": case.id})
         result = run_case(registry.ALGORITHMS[case.algorithm], case, lane, budgets, witness)
         _write(lines, {"event": "result", "result": result})

@@ -106,7 +106,6 @@ HOSTILE: dict[str, tuple[Any, ...]] = {
     "inputs": tuple(kind for kind in inputs.KINDS if kind not in ORDINARY),
     "steps": (2,),
 }
-COMPILED_LATER = ("compiled-*", "standard")
 COMPILED_LAST = ("compiled-*", "exhaustive")
 
 
@@ -144,7 +143,7 @@ def quick() -> Iterator[Case]:
         yield case("quick", inputs=kind, shapes=SMALL, weight_decay=0.1, lr=1e-2)
     for kind, policy in product(("nan", "inf"), ("skip", "raise")):
         yield case("quick", inputs=kind, nonfinite=policy, shapes=SMALL, steps=2)
-    yield from (case("quick", COMPILED_LATER, **choice) for choice in _quick_eager(core))
+    yield from (case("quick", COMPILED_LAST, **choice) for choice in _quick_eager(core))
 
 
 def _quick_eager(core: Choice) -> Iterator[Choice]:
@@ -179,12 +178,14 @@ def allowed(choice: Choice) -> bool:
 def standard() -> tuple[Case, ...]:
     """Every pair of levels once: of all arguments on ordinary inputs, and of the rules with every hostile input.
 
-    On ordinary inputs few formulas that cover their pairs are each paired with all numbers, so that one compilation
-    serves many cases. Many steps, which take long, meet every level, in the first formulas, which have most levels.
+    Formulas are paired among themselves, which takes 17 of them; then the first five, which have every level of each, are
+    paired with all numbers, and with many steps, so that a compilation serves many cases.
     """
     formulas = pairwise(FORMULAS)
-    ordinary = pairwise({"formula": formulas, **NUMBERS}, allowed)
-    ordinary += pairwise({"formula": formulas[:5], **NUMBERS, "steps": (MANY_STEPS,)}, allowed, around="steps")
+    every_level = {"formula": formulas[:5], **NUMBERS}
+    ordinary: list[Choice] = [{"formula": formula, "shapes": ((24, 40),)} for formula in formulas]
+    ordinary += pairwise(every_level, allowed)
+    ordinary += pairwise({**every_level, "steps": (MANY_STEPS,)}, allowed, around="steps")
     hostile = pairwise(HOSTILE, allowed)
     return (
         *(case("standard", **choice.pop("formula"), **choice) for choice in ordinary),
