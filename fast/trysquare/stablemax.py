@@ -116,16 +116,14 @@ def stablemax_cross_entropy(
     dtype = _arithmetic(result)
     x = input.unsqueeze(0) if input.ndim == 1 else input
     if _cross_entropy.is_probabilities(input, target):
-        shape = (*input.shape[:1], *input.shape[2:]) if input.ndim > 1 else ()
         losses = _stablemax_autograd.probability_losses(x, target.view(x.shape), weight, label_smoothing, dtype)
         divisor: Tensor | int = losses.numel()
     else:
-        shape = tuple(target.shape)
         y = target.long().view(x.shape[:1] + x.shape[2:])
         losses = _stablemax_autograd.index_losses(x, y, weight, ignore_index, label_smoothing, dtype)
         divisor = _total_weight(y, weight, ignore_index, dtype) if reduction == "mean" else 1
     if reduction == "none":
-        return losses.reshape(shape).to(result)
+        return losses.squeeze(0).to(result) if input.ndim == 1 else losses.to(result)
     total = losses.sum()
     return (total / divisor if reduction == "mean" else total).to(result)
 

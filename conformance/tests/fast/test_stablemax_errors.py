@@ -13,6 +13,8 @@ from trysquare import StableMaxCrossEntropyLoss, log_stablemax, stablemax, stabl
 X = torch.zeros(3, 4)
 Y = torch.tensor([0, 1, 2])
 P = torch.full((3, 4), 0.25)
+IMAGE, TURNED = torch.zeros(3, 4, 5, 6), torch.zeros(3, 6, 5, dtype=torch.int64)
+LEARNT = torch.ones(4, requires_grad=True)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ BAD = [
     bad("fewer targets", ValueError, r"target has shape \(2,\).*\(3,\) for class indices", target=Y[:2]),
     bad("more dimensions", RuntimeError, r"target has shape \(3, 1\)", target=Y[:, None]),
     bad("other probabilities", RuntimeError, r"\(3, 4\) for class probabilities", target=torch.zeros(3, 5)),
-    bad("other image", RuntimeError, r"target has shape \(3, 6, 5\)", input=torch.zeros(3, 4, 5, 6), target=torch.zeros(3, 6, 5, dtype=torch.int64)),
+    bad("other image", RuntimeError, r"target has shape \(3, 6, 5\)", input=IMAGE, target=TURNED),
     bad("unbatched, two targets", ValueError, r"it must be \(\)", input=X[0], target=Y[:2]),
     bad("scalar logits", RuntimeError, "dimension of classes", input=torch.tensor(1.0), target=torch.tensor(0)),
     bad("int32 target", RuntimeError, r"target has dtype torch.int32.*target.long\(\)", target=Y.int()),
@@ -57,7 +59,7 @@ BAD = [
     bad("short weight", RuntimeError, r"weight has shape \(3,\).*4 classes", weight=torch.ones(3)),
     bad("weight of two dimensions", RuntimeError, r"weight has shape \(1, 4\)", weight=torch.ones(1, 4)),
     bad("integer weight", RuntimeError, "weight has dtype torch.int64", weight=torch.ones(4, dtype=torch.int64)),
-    bad("weight to be learnt", RuntimeError, "weight requires a gradient", input=X.clone().requires_grad_(), weight=torch.ones(4, requires_grad=True)),
+    bad("weight to be learnt", RuntimeError, "weight requires a gradient", weight=LEARNT),
     bad("target elsewhere", RuntimeError, "target is on meta and input on cpu", target=Y.to("meta")),
     bad("weight elsewhere", RuntimeError, "weight is on meta and input on cpu", weight=torch.ones(4, device="meta")),
     bad("unknown reduction", ValueError, "reduction='average'", reduction="average"),
