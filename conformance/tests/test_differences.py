@@ -20,6 +20,7 @@ import trysquare
 from trysquare_conformance import originals
 
 Maker = Callable[..., torch.optim.Optimizer]
+Values = torch.Tensor | Sequence[Any]
 OURS: Maker = trysquare.DolphinFlow
 PLAIN = {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.0, "ortho_mode": None, "adaptive_lr": False}
 
@@ -34,7 +35,7 @@ def package() -> Maker:
 
 
 def stepped(
-    make: Maker, weights: Sequence[Any], gradients: Sequence[Any], **settings: Any
+    make: Maker, weights: Values, gradients: Values, **settings: Any
 ) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
     """A parameter and its optimizer after one step."""
     p = torch.nn.Parameter(torch.as_tensor(weights).clone())
@@ -44,11 +45,11 @@ def stepped(
     return p, optimizer
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as torch wrote it
     """Counts what reaches the device, and how large the largest result is."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.synchronisations, self.largest = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -62,7 +63,8 @@ class Operations(TorchDispatchMode):
 
 def operations(make: Maker, rows: int, columns: int, **settings: Any) -> Operations:
     """What one step does on a matrix of this size."""
-    with Operations() as seen:
+    seen = Operations()
+    with seen:
         stepped(make, torch.ones(rows, columns), torch.ones(rows, columns), **settings)
     return seen
 
@@ -121,9 +123,8 @@ def test_matrix_mode_takes_convolutions(package: Maker) -> None:
 
 
 def test_matrix_mode_forms_the_smaller_gram_matrix(package: Maker) -> None:
-    tall = {"rows": 300, "columns": 4, "ortho_mode": "matrix"}
-    assert operations(package, **tall).largest == 300 * 300
-    assert operations(OURS, **tall).largest <= 2 * 300 * 4
+    assert operations(package, 300, 4, ortho_mode="matrix").largest == 300 * 300
+    assert operations(OURS, 300, 4, ortho_mode="matrix").largest <= 2 * 300 * 4
 
 
 def test_the_loss_aware_schedule_runs(package: Maker) -> None:

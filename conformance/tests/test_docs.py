@@ -63,7 +63,7 @@ def test_every_reference_module_has_its_page() -> None:
 def test_the_readme_lists_every_argument_with_its_default() -> None:
     signature = inspect.signature(trysquare.DolphinFlow).parameters
     expected = {name: p.default for name, p in signature.items() if name not in ("self", "params")}
-    listed = {}
+    listed: dict[str, object] = {}
     for names, defaults, *_ in rows(ROOT / "README.md", "argument"):
         found = zip(re.findall(r"`(.*?)`", names), [*re.findall(r"`(.*?)`", defaults), *["None"]], strict=False)
         listed |= {name: ast.literal_eval(default) for name, default in found}
