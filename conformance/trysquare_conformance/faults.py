@@ -135,30 +135,31 @@ def _why_bad(outcome: Outcome) -> str:
 
 
 def show(outcomes: Sequence[Outcome], console: Console) -> None:
-    """Print what became of each, the score last."""
-    table = Table("", "fault", "what it does", "margin", "first case that caught it", box=None, padding=(0, 2, 0, 0))
-    for column in table.columns[:4]:
+    """Print what became of each, why where that is not as it should be, and the score last."""
+    table = Table("", "fault", "margin", "what it does", box=None, padding=(0, 2, 0, 0))
+    for column in table.columns[:3]:
         column.no_wrap = True
     for outcome in outcomes:
         mark = Text("✓", "green") if outcome.good else Text("✗", "red")
-        table.add_row(mark, Text(outcome.fault.id), Text(outcome.fault.what), *map(Text, _told(outcome)))
+        table.add_row(mark, Text(outcome.fault.id), Text(_how(outcome)), Text(outcome.fault.what))
     console.print(table)
     told = score(outcomes)
+    for entry in [*told["indistinguishable"], *told["missed"]]:
+        console.print(Text(f"{entry['name']} in {entry['lane']}: {entry['reason']}"))
     console.print(
         f"{told['caught']} of {told['planted']} planted faults caught, "
         f"{len(told['indistinguishable'])} indistinguishable, {len(told['missed'])} missed"
     )
 
 
-def _told(outcome: Outcome) -> tuple[str, str]:
-    """Margin and case, or why there is none."""
+def _how(outcome: Outcome) -> str:
+    """The margin of the case that caught it, or the word for another way out."""
     row = outcome.caught
     if row is None:
-        hidden = outcome.fault.indistinguishable
-        return "", f"indistinguishable: {hidden}" if hidden else "missed"
+        return "hidden" if outcome.fault.indistinguishable else "missed"
     if row["margin"] is None:
-        return "", f"{row['case']}: {row['error']}"
-    return f"{float(row['margin']):.3g}", row["case"]
+        return "witness" if row["status"] == "wrong" else "error"
+    return f"{float(row['margin']):.2g}"
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:

@@ -19,7 +19,7 @@ from trysquare_conformance.report.schema import Lane as LaneRow
 from trysquare_conformance.verdict import verdict
 
 CASES_PER_PROCESS = 64
-"""A compiled lane spends its time compiling, one graph after the other: beyond this many cases it is given more cores."""
+"""A compiled lane compiles one graph after the other: beyond this many cases it is given another core."""
 
 
 def run(
