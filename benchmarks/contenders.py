@@ -86,8 +86,11 @@ def _ours(name: str, bytes_per_parameter: int | None, backend: str, **settings: 
     return Contender(name, lambda p: DolphinFlow(p, backend=backend, **asdict(hp)), bytes_per_parameter, hp)
 
 
-def _adamw(name: str, **implementation: bool) -> Contender:
-    return Contender(name, lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=1e-2, **implementation), 28)
+def _adamw(name: str, *, foreach: bool = False, fused: bool = False) -> Contender:
+    def build(parameters: Parameters) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-2, foreach=foreach, fused=fused)
+
+    return Contender(name, build, 28)
 
 
 def _published() -> list[Contender]:

@@ -13,6 +13,7 @@ def shrunk(shape: Sequence[int], divisor: int = 128) -> tuple[int, ...]:
     return tuple(max(size // divisor, 1) for size in shape)
 
 
+PARAMETERS = sum(torch.Size(shape).numel() for shape in SHAPES)
 SMALL_SHAPES = tuple(shrunk(shape) for shape in SHAPES)
 
 

@@ -44,28 +44,43 @@ def demo_row(row: dict[str, Any]) -> list[str]:
 
 
 def cpu(result: dict[str, Any]) -> str:
-    head = ("", "ms", "of copy bandwidth", "scratch, MiB", "first step, ms", "float64 error", "margin")
-    table = markdown(head, [cpu_row(row) for row in result["rows"]], 6)
-    ratios = markdown(("ratio", "measured", "bar"), [ratio_row(row) for row in result["ratios"]], 2)
+    """Steps first, then the losses and what was to be reached."""
+    fused = "AdamW(fused=True)"
+    head = ("", "ms", f"× {fused}", "of bandwidth", "scratch, MiB", "first step, ms", "float64 error", "margin")
+    table = markdown(head, [cpu_row(row, fused) for row in result["rows"]], 7)
+    losses = markdown(("", "ms", "peak, MiB"), [loss_row(row) for row in result["losses"]], 2)
+    bars = markdown(("ratio", "measured", "wanted"), [bar_row(row) for row in result["bars"]], 2)
+    return f"{table}\n{bars}\n{losses}\n{cpu_note(result)}"
+
+
+def cpu_note(result: dict[str, Any]) -> str:
     ceilings, imports = result["ceilings"], result["import_ms"]
-    note = (
-        f"Medians of {result['rounds']} interleaved rounds on {result['threads']} threads; copying moves "
-        f"{ceilings['copy_gb_per_s']:.1f} GB/s and float32 products make {ceilings['matmul_gflop_per_s']:.0f} GFLOP/s "
-        f"in the same run. `import trysquare` adds {imports['trysquare']:.0f} ms to the {imports['torch']:.0f} ms of "
-        f"`import torch`. {machine_line(result)}.\n"
+    return (
+        f"Medians of {result['rounds']} interleaved rounds on {result['threads']} threads. In the same rounds copying "
+        f"moves {ceilings['copy_gb_per_s']:.1f} GB/s, scaling in place {ceilings['in_place_gb_per_s']:.1f} GB/s, and "
+        f"float32 products make {ceilings['matmul_gflop_per_s']:.0f} GFLOP/s. `import trysquare` adds "
+        f"{imports['trysquare']:.0f} ms to the {imports['torch']:.0f} ms of `import torch`. {machine_line(result)}.\n"
     )
-    return f"{table}\n{ratios}\n{note}"
 
 
-def cpu_row(row: dict[str, Any]) -> list[str]:
-    of_copy = "–" if row["of_copy"] is None else percent(row["of_copy"])
+def cpu_row(row: dict[str, Any], fused: str) -> list[str]:
+    share = "–" if row["of_bandwidth"] is None else percent(row["of_bandwidth"])
     margin = "–" if row["margin"] is None else f"{row['margin']:.2f}"
-    times = [f"{row['median_ms']:.1f}", of_copy, f"{row['peak_bytes'] / MEBIBYTE:.1f}", f"{row['cold_start_ms']:.0f}"]
-    return [row["name"], *times, f"{row['error']:.0e}", margin]
+    times = [f"{row['median_ms']:.1f}", f"{row['over'][fused]:.2f}", share, mebibytes(row)]
+    return [row["name"], *times, f"{row['cold_start_ms']:.0f}", f"{row['error']:.0e}", margin]
 
 
-def ratio_row(row: dict[str, Any]) -> list[str]:
-    return [f"{row['slower']} / {row['faster']}", f"{row['ratio']:.2f}", row.get("bar", "–")]
+def loss_row(row: dict[str, Any]) -> list[str]:
+    rows, classes = row["logits"]
+    return [f"{row['name']}, {rows:,} × {classes:,}, and its gradient", f"{row['median_ms']:.1f}", mebibytes(row)]
+
+
+def bar_row(row: dict[str, Any]) -> list[str]:
+    return [f"{row['slower']} / {row['faster']}", f"{row['ratio']:.2f}", row["bar"]]
+
+
+def mebibytes(row: dict[str, Any]) -> str:
+    return f"{row['peak_bytes'] / MEBIBYTE:.1f}"
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "cpu": cpu}

@@ -87,7 +87,7 @@ def peak_bytes(action: Action) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         action()
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]  # the events in the order of time
+    results = profile.profiler.kineto_results
     changes = [event for event in results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(changes, key=lambda event: event.start_ns()):
@@ -96,11 +96,13 @@ def peak_bytes(action: Action) -> int:
     return peak
 
 
-def copy_bandwidth(mebibytes: int = 256) -> tuple[Action, float]:
-    """A copy far larger than any cache, and the bytes it moves: one read and one write each."""
-    source = torch.randn(mebibytes << 18)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source), 2.0 * source.nbytes
+def bandwidths(mebibytes: int = 256) -> tuple[dict[str, Action], float]:
+    """A copy and a scaling in place, far larger than any cache, and the bytes that each moves: one read and one write.
+
+    A CPU reads what a copy is about to overwrite, unasked; an update in place is spared that, and can be faster.
+    """
+    source, target = torch.randn(mebibytes << 18), torch.zeros(mebibytes << 18)
+    return {"copy": lambda: target.copy_(source), "in_place": lambda: source.mul_(-1.0)}, 2.0 * source.nbytes
 
 
 def matmul_rate(size: int = 2048) -> tuple[Action, float]:
