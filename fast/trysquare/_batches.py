@@ -78,8 +78,9 @@ def pieces(operands: Sequence[list[Tensor]], workspace: int, split: Split, snaps
     ``snapshots`` counts the copies that the caller makes of each piece.
     """
     count, shape = len(operands[0]), operands[0][0].shape
-    element = max(4, *(operand[0].element_size() for operand in operands)) * (SCRATCH + snapshots)
-    copied = element + 4 * len(operands)
+    sizes = [operand[0].element_size() for operand in operands]
+    element = max(4, *sizes) * (SCRATCH + snapshots)
+    copied = element + sum(sizes)
     if count == 1 or STACKED * copied * shape.numel() > workspace or torch.compiler.is_compiling():
         for member in range(count):
             tensors = [operand[member] for operand in operands]
