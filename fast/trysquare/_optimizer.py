@@ -22,6 +22,9 @@ from trysquare.ops import clipping
 
 Group = dict[str, Any]
 
+COMPILED_SUM = 1 << 14
+"""Elements from which a compiled sum of squares is faster than its call (measured on a CPU: 60 µs)."""
+
 
 class Entry(NamedTuple):
     """Shape and dtype of one state tensor."""
@@ -276,7 +279,8 @@ class BatchedOptimizer(Optimizer):
         return clipping.total_norm([self._sum_of_squares(gradient) for gradient in gradients])
 
     def _sum_of_squares(self, gradient: Tensor) -> Tensor:
-        if self._chosen == "compiled" or torch.compiler.is_compiling():
+        compiled = self._chosen == "compiled" and gradient.numel() >= COMPILED_SUM
+        if compiled or torch.compiler.is_compiling():
             return cast(Tensor, _backend.run(self._chosen, clipping.sum_of_squares, gradient.flatten()))
         return clipping.chunked_sum_of_squares(gradient, self._workspace(gradient.device) // 16)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -14,9 +14,12 @@ from trysquare import _backend, _batches
 from trysquare._batches import Batch, Piece
 from trysquare._constraints import Choice, Constraint, Flag, Integer, Number
 from trysquare._optimizer import BatchedOptimizer, Entry, Group
-from trysquare.ops import clipping, loss_schedule, moments
+from trysquare.ops import clipping, loss_schedule, moments, projection
 from trysquare.ops import dolphinflow as ops
 from trysquare.ops._scalar import Scalar
+
+Products = tuple[Tensor, Tensor]
+"""⟨w,g⟩ of the unclipped gradient and ⟨w,w⟩, each (B, R, 1)."""
 
 
 class DolphinFlow(BatchedOptimizer):
@@ -171,38 +174,72 @@ class DolphinFlow(BatchedOptimizer):
 
     def _move(self, batches: Sequence[Batch]) -> None:
         clip = batches[0].group["gradient_clipping"]
-        norm = self._gradient_norm(batches) if clip or self.nonfinite == "skip" else None
+        norm, products = self._measure(batches) if clip or self.nonfinite == "skip" else (None, None)
         scale = clipping.clip_scale(norm, clip) if norm is not None and clip else None
         finite = self._finite(norm)
         for batch in batches:
             _advance(batch.state["step"], finite)
             if batch.parameters[0].numel():
-                self._move_batch(batch, scale, finite)
+                self._move_batch(batch, scale, finite, products)
 
-    def _move_batch(self, batch: Batch, scale: Tensor | None, finite: Tensor | None) -> None:
+    def _measure(self, batches: Sequence[Batch]) -> tuple[Tensor, Iterator[Products] | None]:
+        """The norm of all gradients and, if compiled, the row products of each piece, which the same sweep gives."""
+        if self._chosen != "compiled" or torch.compiler.is_compiling():
+            return self._gradient_norm(batches), None
+        sums: list[Tensor] = []
+        products: list[Products] = []
+        for batch in batches:
+            if not (batch.parameters[0].numel() and _rule(batch.group, batch.parameters[0]).projects_gradient):
+                sums += [self._sum_of_squares(gradient) for gradient in batch.gradients]
+                continue
+            for piece in self._pieces(batch):
+                along, square, total = _backend.run("compiled", ops.measure, piece.operands[1], piece.operands[0])
+                sums.append(total)
+                products.append((along, square))
+        return clipping.total_norm(sums), iter(products)
+
+    def _pieces(self, batch: Batch) -> Iterator[Piece]:
+        first = batch.parameters[0]
+        written = [batch.parameters, *(tensors for name, tensors in batch.state.items() if name != "step")]
+        snapshots = len(written) if self.nonfinite == "skip" else 0
+        split = self._split(_rule(batch.group, first))
+        return _batches.pieces([batch.gradients, *written], self._workspace(first.device), split, snapshots)
+
+    def _move_batch(
+        self, batch: Batch, scale: Tensor | None, finite: Tensor | None, products: Iterator[Products] | None
+    ) -> None:
         group, first = batch.group, batch.parameters[0]
         rule = _rule(group, first)
-        written = [batch.parameters, *(tensors for name, tensors in batch.state.items() if name != "step")]
         scale = None if scale is None else scale.to(first.device)
-        workspace, snapshots = self._workspace(first.device), 0 if finite is None else len(written)
-        for piece in _batches.pieces([batch.gradients, *written], workspace, self._split(rule), snapshots):
+        for piece in self._pieces(batch):
             before = piece.snapshot(finite)
+            coefficient = self._coefficient(piece, scale, products) if rule.projects_gradient else None
             correction = None
             if rule.adaptive_lr and rule.bias_correction:
                 steps = torch.stack(batch.state["step"][piece.members])
                 correction = moments.correction(steps, group["beta2"], piece.operands[2].dtype)
-            self._update(group, rule, piece, scale, correction)
+            self._update(group, rule, piece, scale, coefficient, correction)
             piece.restore(before, finite)
             piece.store()
 
+    def _coefficient(self, piece: Piece, scale: Tensor | None, products: Iterator[Products] | None) -> Tensor:
+        gradient, theta, momentum_buffer = piece.operands[:3]
+        if products is None:
+            arguments = theta, gradient, scale, momentum_buffer.dtype
+            return cast("Tensor", _backend.run(self._chosen, ops.row_coefficient, *arguments))
+        along, square = next(products)
+        return projection.coefficient(along if scale is None else along * scale, square).to(momentum_buffer.dtype)
+
     def _update(
-        self, group: Group, rule: ops.Rule, piece: Piece, scale: Tensor | None, correction: Tensor | None
+        self,
+        group: Group,
+        rule: ops.Rule,
+        piece: Piece,
+        scale: Tensor | None,
+        coefficient: Tensor | None,
+        correction: Tensor | None,
     ) -> None:
         gradient, theta, momentum_buffer, *rest = piece.operands
-        coefficient = None
-        if rule.projects_gradient:
-            dtype = momentum_buffer.dtype
-            coefficient = _backend.run(self._chosen, ops.row_coefficient, theta, gradient, scale, dtype)
         tensors = theta, gradient, momentum_buffer, rest[0] if rest else None, correction, scale, coefficient
         numbers = [_rate(group), *(group[name] for name in ("weight_decay", "momentum", "beta2", "eps"))]
         _backend.run(self._chosen, ops.update_, *tensors, *_backend.scalars(self._chosen, numbers), rule)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trysquare.ops import decay, moments, polar, projection
+from trysquare.ops import clipping, decay, moments, polar, projection
 from trysquare.ops._scalar import Scalar, add_scaled_
 
 
@@ -40,6 +40,18 @@ def clipped(gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tenso
 def row_coefficient(theta: Tensor, gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """How much of every row of θ the clipped gradient holds, shape (B, R, 1)."""
     return projection.gradient_coefficient(clipped(gradient, scale, dtype), theta.to(dtype))
+
+
+def measure(theta: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """⟨w,g⟩ and ⟨w,w⟩ of every row, each (B, R, 1), and Σg², in one pass over both tensors.
+
+    The gradient is not clipped yet and may be large: what holds it is summed in float64 (where the device has it).
+    """
+    wide_dtype = clipping.wide_dtype(gradient.device)
+    narrow = theta if theta.dtype == torch.float64 else theta.float()
+    w, g = theta.to(wide_dtype), gradient.to(wide_dtype)
+    sums = torch.stack([(w * g).sum(-1, keepdim=True), (g * g).sum(-1, keepdim=True)])
+    return sums[0], (narrow * narrow).sum(-1, keepdim=True), sums[1].sum()
 
 
 def update_(

@@ -27,7 +27,11 @@ def project_update_rows_(u: Tensor, w: Tensor, eps: Scalar) -> Tensor:
 
 def gradient_coefficient(g: Tensor, w: Tensor) -> Tensor:
     """⟨w,g⟩/(⟨w,w⟩ + 1e-30) of every row, 0 where ⟨w,w⟩ is outside [1e-30, 1e38]; shape (B, R, 1)."""
-    along, square = row_products(g, w)
+    return coefficient(*row_products(g, w))
+
+
+def coefficient(along: Tensor, square: Tensor) -> Tensor:
+    """The same from ⟨w,g⟩ and ⟨w,w⟩."""
     inside = (square >= SMALLEST_SQUARE) & (square <= LARGEST_SQUARE)
     return torch.where(inside, along / (square + SMALLEST_SQUARE), 0.0)
 
