@@ -57,7 +57,7 @@ def check_settings(ignore_index: Any, reduction: Any, label_smoothing: Any) -> N
         raise ValueError(f"reduction={reduction!r}: must be 'mean', 'sum' or 'none'")
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index={ignore_index!r}: must be an int")
-    if not isinstance(label_smoothing, float | int) or isinstance(label_smoothing, bool):
+    if not isinstance(label_smoothing, (float, int)) or isinstance(label_smoothing, bool):
         raise TypeError(f"label_smoothing={label_smoothing!r}: must be a float")
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(f"label_smoothing={label_smoothing!r}: must be between 0.0 and 1.0")

@@ -96,12 +96,11 @@ def test_if_everything_is_ignored_the_mean_is_nan_and_the_gradient_zero(
     assert stablemax_cross_entropy(x, torch.tensor([-100, -100]), reduction="sum") == 0
 
 
-def test_an_unbatched_target_may_have_one_dimension_as_in_torch() -> None:
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_an_unbatched_target_may_have_one_dimension_as_in_newer_torch(reduction: str) -> None:
     x, target = torch.tensor([1.0, 2.0]), torch.tensor([0])
-    for reduction in ("mean", "none"):
-        loss, expected = (f(x, target, reduction=reduction) for f in (stablemax_cross_entropy, oracle))
-        assert loss.shape == expected.shape
-        assert_same(to_array(loss), to_array(stablemax_cross_entropy(x, target[0])))
+    loss = stablemax_cross_entropy(x, target, reduction=reduction)
+    assert torch.equal(loss, stablemax_cross_entropy(x, target[0], reduction=reduction))
 
 
 def test_byte_targets_are_taken_as_in_torch() -> None:

@@ -34,14 +34,14 @@ def compiled(function: Callable[..., Tensor], backend: str = "inductor") -> Comp
     return torch.compile(function, fullgraph=True, backend=counter), counter
 
 
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_the_loss_is_one_graph_for_all_batches_and_within_the_budget(label_smoothing: float) -> None:
+def test_the_loss_is_one_graph_for_all_batches_and_within_the_budget() -> None:
+    """Of an infinite logit too: inductor folds 0 · x to 0, with which a first version lost its NaN."""
     loss_of, counter = compiled(stablemax_cross_entropy)
-    for number in (12, 20, 33, 40):
-        one = case("quick", shape=(number, 10), label_smoothing=label_smoothing, ignored="some")
+    for number, kind in ((12, "gaussian"), (20, "huge"), (33, "inf"), (40, "masked")):
+        one = case("quick", shape=(number, 10), inputs=kind, ignored="some")
         feed = draw(one)
         x, target = to_tensor(feed.x, "float32").requires_grad_(), torch.from_numpy(feed.target)
-        loss = loss_of(x, target, label_smoothing=label_smoothing)
+        loss = loss_of(x, target)
         (g,) = torch.autograd.grad(loss, x, to_tensor(feed.g, "float32"))
         (stage,) = SUBJECT.stages(one, LANES["eager-cpu"])
         allowed = measure(stage.reference, stage.arithmetic, stage.stored, seed=number)
@@ -78,16 +78,6 @@ def test_autocast_is_seen_by_the_compiler() -> None:
         loss = loss_of(x, target)
     assert loss.dtype is torch.float32
     assert torch.autograd.grad(loss, x)[0].dtype is torch.bfloat16
-
-
-def test_a_nan_outlives_the_compiler() -> None:
-    """Inductor folds 0 · x to 0, with which a first version lost the NaN of an infinite logit."""
-    x = torch.tensor([[float("inf"), 0.0], [1.0, 2.0]], requires_grad=True)
-    loss_of, _ = compiled(stablemax_cross_entropy)
-    losses = loss_of(x, torch.tensor([1, 0]), reduction="none")
-    (g,) = torch.autograd.grad(losses, x, torch.ones(2))
-    assert losses.isnan().tolist() == [True, False]
-    assert g.isnan().all(dim=1).tolist() == [True, False]
 
 
 def test_a_whole_training_step_compiles_with_it() -> None:

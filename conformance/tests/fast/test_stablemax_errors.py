@@ -85,7 +85,8 @@ def test_the_exception_is_the_one_of_torch(one: Bad) -> None:
     def attempt() -> Tensor:
         return F.cross_entropy(one.input, one.target, **dict(one.options))
 
-    with pytest.raises(one.error):
+    older = (one.error, RuntimeError)  # what is a subclass of it today, or a better word for it
+    with pytest.raises(older):
         attempt()
 
 

@@ -43,12 +43,6 @@ def log_of_softsign(_: Any) -> Any:
     return lambda x: x / (1 + x.abs())
 
 
-@plant(ops, "log_s", lanes=EAGER, indistinguishable="log Σ s is at least as large as the rounding error of 1 + |x|")
-def log_by_addition(_: Any) -> Any:
-    """log(1 + |x|) instead of log1p(|x|)."""
-    return lambda x: (1 + x.abs()).log().copysign(x)
-
-
 @plant(ops, "s_below")
 def exponential_below(_: Any) -> Any:
     """s(x) = exp x for x < 0."""

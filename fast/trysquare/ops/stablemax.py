@@ -26,8 +26,11 @@ def s(x: Tensor) -> Tensor:
 
 
 def log_s(x: Tensor) -> Tensor:
-    """γ(x) = sign(x)·log(1 + |x|)."""
-    return x.abs().log1p_().copysign_(x)
+    """γ(x) = sign(x)·log(1 + |x|).
+
+    Not log1p: it is infinite above 1e38 in torch 2.6, and what it would keep of a tiny x is lost beside log Σ s anyway.
+    """
+    return (1 + x.abs()).log_().copysign_(x)
 
 
 def log_s_slope(x: Tensor) -> Tensor:
