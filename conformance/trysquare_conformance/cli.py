@@ -38,6 +38,7 @@ def verify(
     ] = False,
 ) -> None:
     """Check the fast code against the reference on this machine and say in one sentence whether it is right."""
+    from trysquare_conformance.machine import ALIAS
     from trysquare_conformance.run import run
     from trysquare_conformance.verdict import EXIT_CODES
 
@@ -50,6 +51,8 @@ def verify(
         if file is not None:
             report.write(result, file, format_)
     report.terminal(result, console)
+    if result["machine"]["dolphinflow_module"] not in {None, ALIAS}:
+        console.print(f"`import dolphinflow` finds {result['machine']['dolphinflow_module']}.", highlight=False)
     raise typer.Exit(EXIT_CODES[result["verdict"]])
 
 

@@ -171,6 +171,11 @@ KINDS: dict[str, InputKind] = {
     "gradient-1e30": InputKind(
         "the squares of the gradient overflow float32", gradient=_scaled(1e30), dtypes=WIDE_RANGE
     ),
+    "gradient-1e200": InputKind(
+        "every entry is finite and their norm is not, even in float64: no step may silently be zero",
+        gradient=_scaled(1e200),
+        dtypes=("float64",),
+    ),
     "gradient-1e-30": InputKind(
         "the squares of the gradient underflow float32", gradient=_scaled(1e-30), dtypes=WIDE_RANGE
     ),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -64,7 +64,11 @@ class Lane:
     device: str
     backend: str
     available: Callable[[], str | None]
-    environment: tuple[tuple[str, str], ...] = field(default=())
+    environment: tuple[tuple[str, str], ...] = ()
+
+    def holds(self, dtype: str) -> bool:
+        """Whether the device has the format: Apple's GPUs have no float64."""
+        return not (self.device == "mps" and dtype == "float64")
 
     @property
     def baseline(self) -> Lane | None:

@@ -14,6 +14,7 @@ import torch
 import trysquare
 from trysquare_conformance.report.schema import Machine
 
+ALIAS = "the alias of trysquare"
 VARIABLES = ("OMP_NUM_THREADS", "TRITON_INTERPRET", "TRITON_DEFAULT_FP_FUSION", "TORCH_COMPILE_DISABLE", "CXX")
 
 
@@ -41,7 +42,7 @@ def dolphinflow_module() -> str | None:
     if found is None or found.origin is None:
         return None
     if Path(found.origin) == Path(trysquare.__file__).parents[1] / "dolphinflow.py":
-        return "the alias of trysquare"
+        return ALIAS
     published = _version("dolphinflow") or _version("dolphinflow-optimizer")
     name = f"dolphinflow {published}" if published else "another module of that name"
     return f"{name}, which wins over the alias of trysquare: what it gives is not what is verified here"

@@ -12,12 +12,15 @@ from functools import partial
 import numpy as np
 import torch
 
+from trysquare._optimizer import BatchedOptimizer
+from trysquare.ops.clipping import wide_dtype
 from trysquare_conformance import inputs
 from trysquare_conformance.budget import STORED, Stored
 from trysquare_conformance.case import Array, Case, Outputs, Stage, Wrap
 from trysquare_conformance.lanes import Lane
 from trysquare_conformance.noise import FLOAT32, FLOAT64, Arithmetic, Noisy
 from trysquare_conformance.snapshots import Feed, Snapshot, outputs, rounded, to_array, to_tensor
+from trysquare_reference import clipping
 
 
 class OptimizerSubject(ABC):
@@ -30,7 +33,7 @@ class OptimizerSubject(ABC):
         """Every case, those of the smaller tiers first."""
 
     @abstractmethod
-    def build(self, case: Case, parameters: Sequence[torch.nn.Parameter], lane: Lane) -> torch.optim.Optimizer:
+    def build(self, case: Case, parameters: Sequence[torch.nn.Parameter], lane: Lane) -> BatchedOptimizer:
         """The fast optimizer of this case over these parameters, on the lane's backend."""
 
     @abstractmethod
@@ -45,6 +48,11 @@ class OptimizerSubject(ABC):
     def stored_as(self, case: Case, name: str) -> str:
         """The dtype in which the fast code keeps a state tensor of this name."""
 
+    def is_finite(self, feed: Feed) -> bool:
+        """Whether the `nonfinite` policies let a step with these gradients pass: their norm, in float64, is finite."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return bool(np.isfinite(clipping.global_norm([g for g in feed.gradients if g is not None])))
+
     def arithmetic(self, case: Case) -> Arithmetic:
         """How the fast code computes: float64 for float64 parameters, else float32."""
         return FLOAT64 if case.dtype == "float64" else FLOAT32
@@ -54,11 +62,11 @@ class OptimizerSubject(ABC):
         """The closure's loss in step 0, 1, …; None: no closure."""
 
     @abstractmethod
-    def load_shared(self, optimizer: torch.optim.Optimizer, shared: dict[str, float]) -> None:
+    def load_shared(self, optimizer: BatchedOptimizer, shared: dict[str, float]) -> None:
         """Put the numbers that belong to no parameter into the fast optimizer."""
 
     @abstractmethod
-    def read_shared(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    def read_shared(self, optimizer: BatchedOptimizer) -> dict[str, float]:
         """Read them back."""
 
     def place(self, array: Array, dtype: str, layout: str, lane: Lane) -> torch.Tensor:
@@ -126,16 +134,16 @@ class OptimizerSubject(ABC):
 
     def _expected(self, case: Case, before: Snapshot, feed: Feed) -> Snapshot:
         """The reference's step under the case's `nonfinite` policy, which acts on non-finite gradients only."""
-        raised = float(self.refuses(case, feed))
-        if raised or (case.hyperparameters.get("nonfinite") == "skip" and not feed.finite):
-            return replace(before, shared={**before.shared, "raised": raised})
+        policy = case.hyperparameters["nonfinite"]
+        if policy != "propagate" and not self.is_finite(feed):
+            return replace(before, shared=before.shared | {"raised": policy == "raise", "skipped": policy == "skip"})
         with np.errstate(all="ignore"):
             after = self.advance(case, before, feed)
-        return replace(after, shared={**after.shared, "raised": 0.0})
+        return replace(after, shared=after.shared | {"raised": False, "skipped": False})
 
     def refuses(self, case: Case, feed: Feed) -> bool:
         """Whether the step is to raise."""
-        return case.hyperparameters.get("nonfinite") == "raise" and not feed.finite
+        return case.hyperparameters["nonfinite"] == "raise" and not self.is_finite(feed)
 
     def _step_outputs(self, case: Case, before: Snapshot, feed: Feed, wrap: Wrap) -> Outputs:
         return outputs(before, self._expected(case, before.wrapped(wrap), feed.wrapped(wrap)))
@@ -158,7 +166,7 @@ class OptimizerSubject(ABC):
     def _stored(self, case: Case, snapshot: Snapshot) -> dict[str, Stored]:
         """How each output is kept: updates as parameters, state tensors as the page says, numbers in float64."""
         kinds = {name: self.stored_as(case, name) for state in snapshot.states for name in state if name != "step"}
-        names = outputs(snapshot, snapshot).keys() | {"raised"}
+        names = outputs(snapshot, snapshot).keys() | {"raised", "skipped"}
         stored = {name: STORED[kinds.get(name.partition("/")[0], "float64")] for name in names}
         parameter = STORED[case.dtype]
         return stored | {f"update/{i}": parameter.beside(old) for i, old in enumerate(snapshot.parameters)}
@@ -173,20 +181,22 @@ class FastRun:
         zeros = [subject.place(np.zeros(shape), case.dtype, layout, lane) for shape in case.shapes]
         self.parameters = [torch.nn.Parameter(tensor) for tensor in zeros]
         self.optimizer = subject.build(case, self.parameters, lane)
+        self.last: dict[str, float] = {}
 
     def teacher_forced(self, before: Snapshot, feed: Feed, *, fresh: bool) -> Outputs:
         """One step from the reference's snapshot. A fresh optimizer makes its own state, which is zero likewise."""
         self._load_parameters(before)
         if not fresh:
             self._load_states(before)
-        raised = self._step(feed)
-        return outputs(before, self._read(before, raised))
+        self._step(feed)
+        return outputs(before, self._read(before))
 
     def free(self, start: Snapshot, feeds: Sequence[Feed]) -> Outputs:
         """All steps, each from where the last one ended."""
         self._load_parameters(start)
-        raised = [self._step(feed) for feed in feeds]
-        return outputs(start, self._read(start, raised[-1]))
+        for feed in feeds:
+            self._step(feed)
+        return outputs(start, self._read(start))
 
     def _load_parameters(self, before: Snapshot) -> None:
         with torch.no_grad():
@@ -201,27 +211,32 @@ class FastRun:
         self.subject.load_shared(self.optimizer, before.shared)
 
     def _state_tensor(self, parameter: torch.Tensor, name: str, value: object) -> torch.Tensor:
-        """A count is a 0-dimensional float64 tensor; the rest has the parameter's memory format."""
+        """A count is 0-dimensional, of float64 where the device has it; the rest is laid out as the parameter."""
         if not isinstance(value, np.ndarray):
-            return torch.tensor(value, dtype=torch.float64, device=self.lane.device)
+            return torch.tensor(value, dtype=wide_dtype(parameter.device), device=parameter.device)
         stored = to_tensor(value, self.subject.stored_as(self.case, name))
         return torch.empty_like(parameter, dtype=stored.dtype, requires_grad=False).copy_(stored)
 
-    def _step(self, feed: Feed) -> bool:
-        """Whether the step raised, where a non-finite gradient under `nonfinite="raise"` makes that an answer."""
-        layout = self.case.layout
+    def _step(self, feed: Feed) -> None:
+        """One step; `last` then says whether it raised or was skipped, where the policy makes that an answer."""
         for parameter, gradient in zip(self.parameters, feed.gradients, strict=True):
+            layout = self.case.layout
             placed = None if gradient is None else self.subject.place(gradient, self.case.dtype, layout, self.lane)
             parameter.grad = placed
         kept = [None if p.grad is None else p.grad.clone() for p in self.parameters]
+        skipped = int(self.optimizer.skipped_steps)
+        raised = self._raises(feed)
+        self._check_gradients(kept)
+        self.last = {"raised": raised, "skipped": int(self.optimizer.skipped_steps) - skipped}
+
+    def _raises(self, feed: Feed) -> bool:
+        """Steps. An exception is an answer only where one is called for."""
         try:
             self._call_step(feed.loss)
         except (ArithmeticError, RuntimeError, ValueError):
             if not self.subject.refuses(self.case, feed):
                 raise
             return True
-        finally:
-            self._check_gradients(kept)
         return False
 
     def _call_step(self, loss: float | None) -> None:
@@ -237,13 +252,13 @@ class FastRun:
             if not same:
                 raise AssertionError(f"the step changed the gradient of parameter {index}")
 
-    def _read(self, before: Snapshot, raised: bool) -> Snapshot:
+    def _read(self, before: Snapshot) -> Snapshot:
         """Parameters and states as they are now; a parameter that was never stepped has the state it began with."""
         states = []
         for parameter, initial in zip(self.parameters, before.states, strict=True):
             held = self.optimizer.state.get(parameter) or initial
             states.append({name: to_array(v) if isinstance(v, torch.Tensor) else v for name, v in held.items()})
-        shared = {**self.subject.read_shared(self.optimizer), "raised": float(raised)}
+        shared = self.subject.read_shared(self.optimizer) | self.last
         return Snapshot(tuple(to_array(p) for p in self.parameters), tuple(states), shared)
 
 

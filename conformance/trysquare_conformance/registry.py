@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 
 from trysquare_conformance import cases as pages
 from trysquare_conformance.case import SHORT_DTYPES, TIERS, Array, Case, Outputs, Stage, Subject, Wrap, shape_name
+from trysquare_conformance.lanes import LANES
 
 __all__ = [
     "ALGORITHMS",
@@ -47,7 +48,7 @@ def all_cases() -> Iterator[Case]:
 def select(tier: str, patterns: Iterable[str] = (), lane: str | None = None) -> list[Case]:
     """The cases of a tier (which includes the smaller ones) whose id matches one of the patterns, or all of them.
 
-    With a lane, less those that come in a later tier there.
+    With a lane, less those that come in a later tier there, or whose dtype its device does not have.
     """
     if tier not in TIERS:
         raise ValueError(f"tier={tier!r}: must be one of {', '.join(TIERS)}")
@@ -56,7 +57,7 @@ def select(tier: str, patterns: Iterable[str] = (), lane: str | None = None) -> 
     for subject in ALGORITHMS.values():
         of_tier = itertools.takewhile(lambda case: case.tier in wanted, subject.cases())
         chosen += [case for case in of_tier if case.tier_in(lane) in wanted and _matches(case.id, globs)]
-    return chosen
+    return [case for case in chosen if lane is None or LANES[lane].holds(case.dtype)]
 
 
 def part(cases: Sequence[Case], index: int, parts: int) -> list[Case]:

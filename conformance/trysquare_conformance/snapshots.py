@@ -40,10 +40,6 @@ class Feed:
     loss: float | None = None
 
     @property
-    def finite(self) -> bool:
-        return all(bool(np.all(np.isfinite(g))) for g in self.gradients if g is not None)
-
-    @property
     def computes(self) -> bool:
         """Whether there is anything to compute: some gradient with entries."""
         return any(g is not None and g.size for g in self.gradients)

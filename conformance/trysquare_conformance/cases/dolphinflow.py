@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from trysquare import DolphinFlow
+from trysquare._optimizer import BatchedOptimizer
 from trysquare_conformance import inputs
 from trysquare_conformance.case import SHORT_DTYPES, Array, Case, shape_name
 from trysquare_conformance.lanes import Lane
@@ -157,6 +159,7 @@ def _quick_eager(core: Choice) -> Iterator[Choice]:
     yield {**core, "dtype": "float16"}
     yield {**core, "dtype": "float64"}
     yield {**core, "dtype": "float64", "ortho_mode": "matrix"}
+    yield {"dtype": "float64", "inputs": "gradient-1e200"}
     yield {**core, "dtype": "bfloat16", "ortho_mode": "matrix"}
     yield {"shapes": SEVERAL, "inputs": "missing", "workspace_bytes": SMALL_WORKSPACE, "steps": 2}
     yield {"shapes": SEVERAL, "second_group": SECOND_GROUP, "gradient_clipping": 0.05, "steps": 2}
@@ -178,8 +181,8 @@ def allowed(choice: Choice) -> bool:
 def standard() -> tuple[Case, ...]:
     """Every pair of levels once: of all arguments on ordinary inputs, and of the rules with every hostile input.
 
-    Formulas are paired among themselves, which takes 17 of them; then the first five, which have every level of each, are
-    paired with all numbers, and with many steps, so that a compilation serves many cases.
+    Formulas are paired among themselves, which takes 17 of them; then the first five, which have every level of each,
+    are paired with all numbers, and with many steps, so that a compilation serves many cases.
     """
     formulas = pairwise(FORMULAS)
     every_level = {"formula": formulas[:5], **NUMBERS}
@@ -221,9 +224,7 @@ class DolphinFlowSubject(OptimizerSubject):
                 yield one
         yield from (one for one in exhaustive() if one.id not in seen)
 
-    def build(self, case: Case, parameters: Sequence[torch.nn.Parameter], lane: Lane) -> torch.optim.Optimizer:
-        from trysquare import DolphinFlow
-
+    def build(self, case: Case, parameters: Sequence[torch.nn.Parameter], lane: Lane) -> BatchedOptimizer:
         arguments = case.hyperparameters
         overrides = dict(arguments.pop("second_group"))
         if arguments.pop("tensor_lr"):
@@ -268,14 +269,14 @@ class DolphinFlowSubject(OptimizerSubject):
             return None
         return float("nan") if step == 8 else (0.5 if step % 7 == 6 else 1.0) + 0.01 * (step // 7)
 
-    def load_shared(self, optimizer: torch.optim.Optimizer, shared: dict[str, float]) -> None:
+    def load_shared(self, optimizer: BatchedOptimizer, shared: dict[str, float]) -> None:
         for number, group in enumerate(optimizer.param_groups):
             for name, value in shared.items():
                 key, _, owner = name.partition("/")
                 if owner == str(number):
                     group[key] = _from_number(key, value)
 
-    def read_shared(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    def read_shared(self, optimizer: BatchedOptimizer) -> dict[str, float]:
         groups = [group for group in optimizer.param_groups if group["loss_aware_schedule"]]
         return _to_shared([LossSchedule(g["loss_ema"], g["stall_count"], g["loss_lr_scale"]) for g in groups])
 
