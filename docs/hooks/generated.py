@@ -14,6 +14,7 @@ import typer
 from mkdocs.exceptions import PluginError
 
 from trysquare_conformance import cli, inputs
+from trysquare_conformance.logits import LOGITS
 from trysquare_conformance.report import schema, summary, text
 
 if TYPE_CHECKING:
@@ -72,6 +73,11 @@ def kinds() -> str:
     return table(["input", "why"], ([f"`{name}`", kind.reason] for name, kind in inputs.KINDS.items()))
 
 
+def logits() -> str:
+    """Every kind of logits that the losses' cases are fed with, and why."""
+    return table(["logits", "why"], ([f"`{name}`", kind.reason] for name, kind in LOGITS.items()))
+
+
 def command_line() -> str:
     """The help texts of `trysquare` and of each of its commands, as they print."""
     commands = ["", *typer.main.get_group(cli.app).commands]
@@ -102,6 +108,7 @@ def from_readme(name: str) -> Callable[[], str]:
 GENERATORS: dict[str, Callable[[], str]] = {
     "budgets": budgets,
     "inputs": kinds,
+    "logits": logits,
     "command line": command_line,
     "demo": from_readme("demo"),
     "cpu": from_readme("cpu"),

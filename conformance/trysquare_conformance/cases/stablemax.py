@@ -184,8 +184,8 @@ class StableMaxSubject:
 
     def cases(self) -> Iterable[Case]:
         seen: set[str] = set()
-        for tier in (quick(), standard(), exhaustive()):
-            for one in tier:
+        for tier in (quick, standard, exhaustive):
+            for one in tier():
                 if one.id not in seen:
                     seen.add(one.id)
                     yield one
