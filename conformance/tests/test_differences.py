@@ -7,6 +7,8 @@ Both sides are run, so that a row is neither invented nor outlived by the packag
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -133,8 +135,16 @@ def test_the_loss_aware_schedule_runs(package: Maker) -> None:
     assert schedule_of(OURS)["loss_lr_scale"] == 0.99
 
 
-def test_a_scheduler_does_not_undo_the_loss_aware_schedule() -> None:
-    """Theirs means to write `lr`, which the next scheduler step overwrites; ours keeps a factor beside it."""
+def test_a_scheduler_does_not_undo_the_loss_aware_schedule(package: Maker) -> None:
+    """Theirs, whose steps crash, is called directly: it writes `lr`. Ours keeps a factor beside it."""
+    theirs: Any = package([torch.nn.Parameter(torch.ones(2))], lr=1.0)
+    constant = torch.optim.lr_scheduler.LambdaLR(theirs, lambda _: 1.0)
+    for _ in range(5):
+        theirs._update_lr_from_loss(1.0)
+    assert theirs.param_groups[0]["lr"] == 0.99
+    theirs.step()
+    constant.step()
+    assert theirs.param_groups[0]["lr"] == 1.0
     group = schedule_of(OURS)
     assert (group["lr"], group["loss_lr_scale"]) == (1.0, 0.99)
 
@@ -159,9 +169,15 @@ def test_half_parameters_have_float32_state(package: Maker) -> None:
     assert dtypes == [{torch.bfloat16}, {torch.float32}]
 
 
-def test_half_state_survives_a_checkpoint_in_float32() -> None:
-    """`torch.optim` would round it to the parameters' dtype when it loads."""
+def test_half_state_survives_a_checkpoint_in_float32(package: Maker) -> None:
+    """The package leaves loading to `torch.optim`, which rounds state to the dtype of its parameter."""
     weights = torch.ones(2, 2, dtype=torch.bfloat16)
+    _, theirs = stepped(package, weights, weights)
+    checkpoint = theirs.state_dict()
+    checkpoint["state"][0]["momentum_buffer"] = torch.full((2, 2), 1 / 3)
+    theirs.load_state_dict(checkpoint)
+    (rounded,) = theirs.state.values()
+    assert rounded["momentum_buffer"].dtype is torch.bfloat16
     _, optimizer = stepped(OURS, weights, weights / 3)
     _, other = stepped(OURS, weights, weights)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -176,8 +192,13 @@ def test_senseless_hyperparameters_are_rejected(package: Maker, argument: dict[s
         OURS([torch.nn.Parameter(torch.ones(2))], **argument)
 
 
-def test_importing_everything_needs_no_other_package() -> None:
+def test_importing_everything_needs_no_other_package(package: Maker) -> None:
     """Theirs lists `DolphinFlow8bit` among its names whether or not bitsandbytes is there."""
+    assert package is not OURS
     code = "from dolphinflow import *; print(DolphinFlow.__module__)"
-    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert said.strip() == "trysquare.dolphinflow"
+    ours = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert ours.stdout.strip() == "trysquare.dolphinflow"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        path = {**os.environ, "PYTHONPATH": os.environ[originals.VARIABLE]}
+        theirs = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, env=path)
+        assert "has no attribute 'DolphinFlow8bit'" in theirs.stderr
