@@ -41,7 +41,7 @@ class Number:
             return self.none
         if isinstance(value, Tensor):
             return self.tensor and value.ndim == 0 and value.is_floating_point() and not value.is_meta
-        return isinstance(value, float | int) and not isinstance(value, bool) and self.contains(value)
+        return isinstance(value, (float, int)) and not isinstance(value, bool) and self.contains(value)
 
     def contains(self, value: float) -> bool:
         above = value > self.low if self.low_open else value >= self.low

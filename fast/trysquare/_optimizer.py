@@ -152,8 +152,9 @@ class BatchedOptimizer(Optimizer):
         if closure is not None and not callable(closure):
             raise TypeError(f"closure={closure!r} must be a function that computes the loss and its gradients, or None")
         traced = torch.compiler.is_compiling()
-        self._refuse_tracing(traced)
-        self._check_groups(self.param_groups)
+        if not traced:
+            self._check_groups(self.param_groups)
+            self._refuse_recording(torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
         self._before_step(closure)
         loss = None
         if closure is not None:
@@ -170,9 +171,9 @@ class BatchedOptimizer(Optimizer):
             self._move(batches)
         return loss
 
-    def _refuse_tracing(self, traced: bool) -> None:
-        capturing = not traced and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if self.nonfinite == "raise" and (traced or capturing):
+    def _refuse_recording(self, recorded: bool) -> None:
+        """What is compiled or captured into a graph runs without Python: nothing is there to raise."""
+        if recorded and self.nonfinite == "raise":
             raise RuntimeError(
                 "nonfinite='raise' reads the gradients and cannot be compiled or captured: use 'skip' or 'propagate'"
             )
@@ -236,6 +237,8 @@ class BatchedOptimizer(Optimizer):
         own, and the checks of a traced step stand here.
         """
         if check and group is self.param_groups[0]:
+            self._refuse_recording(True)
+            self._check_groups(self.param_groups)
             self._check_gradients()
         for position, parameter in enumerate(group["params"]):
             if parameter.grad is None:

@@ -128,13 +128,11 @@ def test_every_rule_compiles_and_equals_eager() -> None:
 
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_raising_is_refused_under_compile(fullgraph: bool) -> None:
-    """Where graphs may break torch takes the step uncompiled, and the policy holds."""
     optimizer = DolphinFlow(parameters(SHAPES), nonfinite="raise")
-    all_parameters(optimizer)[0].grad[0, 0] = float("nan")
-    step = compiled(optimizer, fullgraph=fullgraph, backend="eager")
-    says = "cannot be compiled or captured: use 'skip' or 'propagate'" if fullgraph else "is not finite"
+    says = "cannot be compiled or captured: use 'skip' or 'propagate'"
     with nothing_changes(optimizer), pytest.raises(RuntimeError, match=says):
-        step()
+        compiled(optimizer, fullgraph=fullgraph, backend="eager")()
+    assert not optimizer.state
 
 
 def test_bad_gradients_are_refused_under_compile() -> None:
@@ -156,10 +154,10 @@ def test_torch_cannot_trace_a_step_that_a_scheduler_has_wrapped(name: str) -> No
     """No optimizer's. When this fails torch has learned it: let schedulers be attached in the documentation then."""
     free, attached = (OPTIMIZERS[name](parameters([(4, 3)])) for _ in range(2))
     compiled(free, backend="eager", fullgraph=False)()
-    assert "lr_scheduler" not in str(breaks())
+    known = breaks().keys()
     torch.optim.lr_scheduler.StepLR(attached, 2)
     compiled(attached, backend="eager", fullgraph=False)()
-    assert "lr_scheduler" in str(breaks())
+    assert breaks().keys() - known
 
 
 # The backend "compiled"

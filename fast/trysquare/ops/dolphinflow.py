@@ -25,11 +25,6 @@ class Rule(NamedTuple):
         """Whether rows of the gradient are projected off the weights."""
         return self.ortho_mode == "vector" and self.project == "gradient"
 
-    @property
-    def projects_update(self) -> bool:
-        """Whether rows of the update are."""
-        return self.ortho_mode == "vector" and self.project == "update"
-
 
 def clipped(gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """s·g in the dtype of the arithmetic; the gradient itself where there is nothing to do."""
@@ -79,7 +74,7 @@ def update_(
     if coefficient is not None:
         g = projection.subtract_(g.clone() if g is gradient else g, wide, coefficient)
     u = moments.nesterov_(momentum_buffer, g, momentum)
-    if rule.projects_update:
+    if rule.ortho_mode == "vector" and rule.project == "update":  # no property: torch 2.6 cannot trace one here
         u = projection.project_update_rows_(u, wide, eps)
     if rule.ortho_mode == "matrix":
         u = polar.newton_schulz(u, rule.ns_steps, eps)
