@@ -77,10 +77,10 @@ class Blockwise:
         return output
 
     def per_class(self) -> Tensor:
-        """The values that it gives each entry, summed over the positions, in `dtype`."""
+        """The values that it gives each class, summed over the blocks, in `dtype`."""
         if self._is_small():
-            return _sum_of_positions(self._whole())
-        return torch.stack([_sum_of_positions(self._on(block)) for block in self._blocks()]).sum(0)
+            return self._whole()
+        return torch.stack([self._on(block) for block in self._blocks()]).sum(0)
 
     def _is_small(self) -> bool:
         """Whether one block is enough; a compiler makes its own blocks."""
@@ -106,7 +106,3 @@ def _elements(device: torch.device) -> int:
 def _with_classes(block: Block) -> Block:
     """A block of positions as one of entries, with all classes."""
     return (block[0], slice(None), *block[1:])
-
-
-def _sum_of_positions(x: Tensor) -> Tensor:
-    return x.movedim(1, 0).flatten(1).sum(1)

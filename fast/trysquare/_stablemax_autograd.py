@@ -138,7 +138,7 @@ class _ProbabilityLosses(Function):
         w = None if weight is None else weight.to(dtype)
         of_x = Blockwise(ops.probability_gradient, [x, target], [normalizer, g], [w, label_smoothing], dtype)
         of_target = Blockwise(ops.target_gradient, [x], [normalizer, g], [w, label_smoothing], dtype)
-        of_weight = Blockwise(ops.weight_terms, [x, target], [normalizer, g], [label_smoothing], dtype)
+        of_weight = Blockwise(ops.weight_gradient, [x, target], [normalizer, g], [label_smoothing], dtype)
         return (
             of_x.per_entry(x) if needs[0] else None,
             of_target.per_entry(target) if needs[1] else None,

@@ -178,10 +178,10 @@ def probabilities_not_smoothed(_: Any) -> Any:
     return lambda target, _: target
 
 
-@plant(ops, "_times", lanes=EAGER)
+@plant(ops, "_weighted_sum", lanes=EAGER)
 def zero_times_infinity(_: Any) -> Any:
     """A probability of 0 times log p = −∞ is NaN."""
-    return lambda a, surprises: a * surprises
+    return lambda a, surprises, dim: (a * surprises).sum(dim)
 
 
 @plant(ops, "target_gradient", lanes=EAGER)
@@ -190,7 +190,7 @@ def target_gradient_unweighted(f: Any) -> Any:
     return lambda x, normalizer, factor, _, label_smoothing: f(x, normalizer, factor, None, label_smoothing)
 
 
-@plant(ops, "weight_terms", lanes=EAGER)
+@plant(ops, "weight_gradient", lanes=EAGER)
 def weight_gradient_unsmoothed(f: Any) -> Any:
     """∂ℓ/∂w from t instead of t′."""
     return lambda *arguments: f(*arguments[:4], 0.0)

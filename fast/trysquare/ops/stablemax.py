@@ -84,9 +84,16 @@ def smoothed(target: Tensor, label_smoothing: float) -> Tensor:
     return target * (1 - label_smoothing) + label_smoothing / target.shape[1] if label_smoothing else target
 
 
+def coefficients(target: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
+    """a = w·t′ for class probabilities."""
+    t = smoothed(target, label_smoothing)
+    return t if weight is None else t * _per_class(weight, t)
+
+
 def weighted_surprise(x: Tensor, normalizer: Tensor, weight: Tensor | None) -> Tensor:
     """−Σ_k w_k·log p_k of every position: what label smoothing adds to the loss of a class index."""
-    return _times(_per_class(weight, x), surprise(log_s(x), normalizer.unsqueeze(1))).sum(1)
+    surprises = surprise(log_s(x), normalizer.unsqueeze(1))
+    return surprises.sum(1) if weight is None else _weighted_sum(_per_class(weight, x), surprises, 1)
 
 
 def index_losses(x_y: Tensor, normalizer: Tensor, w_y: Tensor | None) -> Tensor:
@@ -106,7 +113,8 @@ def index_gradient(
     below = s_below(x)
     gradient = (below * scale.unsqueeze(1)).mul_(below)
     if lift is not None:
-        gradient -= _per_class(weight, x) * log_s_slope(x) * lift.unsqueeze(1)
+        slope = log_s_slope(x).mul_(lift.unsqueeze(1))
+        gradient -= slope if weight is None else slope.mul_(_per_class(weight, x))
     return gradient.scatter_(1, y.unsqueeze(1), at_y.unsqueeze(1))
 
 
@@ -127,40 +135,43 @@ def chosen_gradient(
 def probability_losses(
     x: Tensor, target: Tensor, normalizer: Tensor, weight: Tensor | None, label_smoothing: float
 ) -> Tensor:
-    """−Σ_k a_k·log p_k of every position, with a = w·t′."""
-    a = smoothed(target, label_smoothing) * _per_class(weight, x)
-    return _times(a, surprise(log_s(x), normalizer.unsqueeze(1))).sum(1)
+    """−Σ_k a_k·log p_k of every position."""
+    a = coefficients(target, weight, label_smoothing)
+    return _weighted_sum(a, surprise(log_s(x), normalizer.unsqueeze(1)), 1)
 
 
 def probability_gradient(
     x: Tensor, target: Tensor, normalizer: Tensor, factor: Tensor, weight: Tensor | None, label_smoothing: float
 ) -> Tensor:
     """γ′_k·(p_k·Σ_j a_j − a_k)·factor, with γ′·p = s′/Σs."""
-    a = smoothed(target, label_smoothing) * _per_class(weight, x)
+    a = coefficients(target, weight, label_smoothing)
     below = s_below(x)
     gradient = (below * (a.sum(1) * factor * (-normalizer).exp()).unsqueeze(1)).mul_(below)
-    return gradient.sub_(a * log_s_slope(x) * factor.unsqueeze(1))
+    return gradient.sub_(log_s_slope(x).mul_(a).mul_(factor.unsqueeze(1)))
 
 
 def target_gradient(
     x: Tensor, normalizer: Tensor, factor: Tensor, weight: Tensor | None, label_smoothing: float
 ) -> Tensor:
     """∂/∂t of Σ factor·ℓ: −(1 − α)·w_k·log p_k·factor."""
-    surprises = surprise(log_s(x), normalizer.unsqueeze(1)) * factor.unsqueeze(1)
-    return surprises * _per_class(weight, x) * (1 - label_smoothing)
+    surprises = surprise(log_s(x), normalizer.unsqueeze(1)).mul_((factor * (1 - label_smoothing)).unsqueeze(1))
+    return surprises if weight is None else surprises.mul_(_per_class(weight, x))
 
 
-def weight_terms(x: Tensor, target: Tensor, normalizer: Tensor, factor: Tensor, label_smoothing: float) -> Tensor:
-    """−t′_k·log p_k·factor, whose sum over the positions is the derivative with respect to the class weights."""
-    surprises = surprise(log_s(x), normalizer.unsqueeze(1)) * factor.unsqueeze(1)
-    return _times(smoothed(target, label_smoothing), surprises)
+def weight_gradient(x: Tensor, target: Tensor, normalizer: Tensor, factor: Tensor, label_smoothing: float) -> Tensor:
+    """∂/∂w of Σ factor·ℓ for class probabilities: −Σ t′_k·log p_k·factor over the positions."""
+    surprises = surprise(log_s(x), normalizer.unsqueeze(1)).mul_(factor.unsqueeze(1))
+    return _weighted_sum(smoothed(target, label_smoothing), surprises, [0, *range(2, x.ndim)])
 
 
-def _per_class(weight: Tensor | None, x: Tensor) -> Tensor | float:
+def _per_class(weight: Tensor, x: Tensor) -> Tensor:
     """The class weights, shaped to multiply x."""
-    return 1.0 if weight is None else weight.view(-1, *[1] * (x.ndim - 2))
+    return weight.view(-1, *[1] * (x.ndim - 2))
 
 
-def _times(a: Tensor | float, surprises: Tensor) -> Tensor:
-    """a·surprises, where a = 0 counts nothing even if the surprise is infinite."""
-    return a * surprises if isinstance(a, float) else torch.where(a == 0, 0, a * surprises)
+def _weighted_sum(a: Tensor, surprises: Tensor, dim: int | list[int]) -> Tensor:
+    """Σ a·surprises, where a = 0 counts nothing even if the surprise is infinite."""
+    terms = a * surprises
+    total = terms.sum(dim)
+    may_look = total.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere the host would wait
+    return total if may_look and not total.isnan().any() else torch.where(a == 0, 0, terms).sum(dim)
