@@ -1,7 +1,8 @@
 """Every argument that no step could honour is refused, by name, with its value and what is allowed; nothing changes.
 
 The values are made from the declared constraints, so a new hyperparameter or a wider interval brings its own. What is
-wrong with parameters, gradients and closures is in `test_bad_tensors`, with checkpoints in `test_bad_state_dicts`.
+wrong with parameters is in `test_bad_tensors`, with gradients and closures in `test_bad_steps`, with checkpoints in
+`test_bad_state_dicts`.
 """
 
 import math
