@@ -1,31 +1,138 @@
-"""Newton–Schulz iteration towards the polar factor, with the quintic of Muon (Jordan et al. 2024)."""
+"""Towards the polar factor by matrix products alone: Newton–Schulz steps, in standard and in Gram form.
+
+Shapes are (B, R, C), a batch of B matrices. The quintic of one step is aX + (bA + cA²)X with A = XXᵀ. It is evaluated
+on the wide side up: XXᵀX = X(XᵀX), so a matrix with more rows than columns is transposed and the smaller Gram matrix
+formed.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from trysquare.ops import clipping
 from trysquare.ops._scalar import Scalar
 
 Coefficients = tuple[float, float, float]
 MUON_COEFFICIENTS: Coefficients = (3.4445, -4.7750, 2.0315)
 
+FORMS = ("standard", "gram")
+SMALL = 256
+NATIVE_BFLOAT16 = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+"""Whether this CPU multiplies bfloat16 in hardware: without it a bfloat16 product is slower than one in float32."""
+
 
 def newton_schulz(u: Tensor, steps: int, eps: Scalar, coefficients: Coefficients = MUON_COEFFICIENTS) -> Tensor:
-    """n·X after ``steps`` of X ← aX + bAX + cA²X with A = XXᵀ, from X = u/n with n = ‖u‖_F; u itself where n < ε.
-
-    ``u`` has shape (B, R, C). The smaller of the two Gram matrices is formed: XXᵀX = X(XᵀX).
-    """
+    """n·X after ``steps`` of X ← aX + bAX + cA²X with A = XXᵀ, from X = u/n with n = ‖u‖_F; u itself where n < ε."""
     tall = u.shape[-2] > u.shape[-1]
     norm = u.square().sum(dim=(-2, -1), keepdim=True).sqrt()
     x = (u / norm).mT if tall else u / norm
-    for _ in range(steps):
-        x = quintic(x, coefficients)
+    x = standard_form(x, [coefficients] * steps)
     return torch.where(norm < eps, u, (x.mT if tall else x) * norm)
 
 
-def quintic(x: Tensor, coefficients: Coefficients) -> Tensor:
-    """aX + (bA + cA²)X with A = XXᵀ."""
-    a, b, c = coefficients
-    gram = x @ x.mT
-    return torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+def polar_factor(
+    u: Tensor,
+    coefficients: Sequence[Coefficients],
+    safety_factor: Scalar,
+    eps: Scalar,
+    matmul_dtype: torch.dtype | None = None,
+    form: str | None = None,
+) -> Tensor:
+    """UVᵀ of u = UΣVᵀ, approximately: one quintic after the other on X = u/((1 + safety)·max(‖u‖_F, ε)).
+
+    ``u`` is float32 or float64, and so is the result. The products run in ``matmul_dtype`` (None: what suits the
+    device), the polynomial is evaluated in ``form`` (None: what takes fewer operations at this shape); the norm is
+    taken, and divided by, before anything is rounded. Zero stays zero.
+    """
+    rows, columns = u.shape[-2:]
+    dtype = choose_matmul_dtype(u.dtype, u.device) if matmul_dtype is None else matmul_dtype
+    form = choose_form(rows, columns, u.device, dtype, len(coefficients)) if form is None else form
+    x = normalized(u, safety_factor, eps).to(dtype)
+    x = x.mT if rows > columns else x
+    x = gram_form(x, coefficients) if form == "gram" else standard_form(x, coefficients)
+    return (x.mT if rows > columns else x).to(u.dtype)
+
+
+def choose_matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What products on a state of ``dtype`` run in: bfloat16 where the device multiplies it faster than float32.
+
+    That is a CPU with bfloat16 instructions (float16 it would emulate) and a CUDA device of capability 8.0 or more.
+    """
+    if dtype != torch.float32:
+        return dtype
+    if device.type == "cpu":
+        return torch.bfloat16 if NATIVE_BFLOAT16 else dtype
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0)):
+        return torch.bfloat16
+    return dtype
+
+
+def choose_form(rows: int, columns: int, device: torch.device, dtype: torch.dtype, iters: int) -> str:  # noqa: ARG001  # no device differs yet
+    """The form that takes fewer operations: for five iterations "gram" above an aspect ratio of 1.5.
+
+    In half precision small matrices stay in the standard form: with few terms to average over, the rounding of R and Q
+    shows (relative error 0.085 at 40 × 96, 0.021 at 400 × 960, against 0.015 and 0.010).
+    """
+    n, m = min(rows, columns), max(rows, columns)
+    if n < SMALL and dtype in {torch.bfloat16, torch.float16}:
+        return "standard"
+    segments = len(restarts(iters)) + 1
+    # an iteration multiplies for Z, Q and twice for the next R; a segment's first needs none for Q, its last no next R
+    square_products = 4 * iters - 3 * segments
+    standard = iters * (4 * n * n * m + 2 * n * n * n)
+    gram = segments * 4 * n * n * m + square_products * 2 * n * n * n
+    return "gram" if gram < standard else "standard"
+
+
+def restarts(iters: int) -> tuple[int, ...]:
+    """The iterations before which the Gram form goes back to X, as its R has drifted from XXᵀ by then."""
+    if iters < 8:
+        return (2,) if iters > 2 else ()
+    return (2, *range(4, iters, 8))
+
+
+def normalized(u: Tensor, safety_factor: Scalar, eps: Scalar) -> Tensor:
+    """u/((1 + safety)·max(‖u‖_F, ε)), the norm in float64 (where the device has it): no square leaves the range.
+
+    Nor does the norm: its root is divided by twice.
+    """
+    norm = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True, dtype=clipping.wide_dtype(u.device))
+    root = ((1 + safety_factor) * norm.clamp(min=eps)).sqrt().to(u.dtype).clamp(min=torch.finfo(u.dtype).tiny)
+    return (u / root).div_(root)
+
+
+def standard_form(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+    """X ← aX + (bA + cA²)X with A = XXᵀ, for every (a, b, c). No matrix with more rows than columns is given."""
+    for a, b, c in coefficients:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def gram_form(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+    """The same polynomial from the small matrix R = XXᵀ alone (Dao-AILab 2026): all but few products are square.
+
+    With Z = bR + cR² an iteration multiplies X by aI + Z and R by its square. The multipliers are gathered in Q, which
+    X takes up at a restart and at the end.
+    """
+    starts = restarts(len(coefficients))
+    for first, last in zip((0, *starts), (*starts, len(coefficients)), strict=True):
+        x = _multiplier(x @ x.mT, coefficients[first:last]) @ x
+    return x
+
+
+def _multiplier(r: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+    """Q after iterations that start from R and Q = I."""
+    a, b, c = coefficients[0]
+    z = torch.baddbmm(r, r, r, beta=b, alpha=c)
+    q = torch.add(z, torch.eye(r.shape[-1], dtype=r.dtype, device=r.device), alpha=a)
+    for following in coefficients[1:]:
+        rz = torch.baddbmm(r, r, z, beta=a)
+        r = torch.baddbmm(rz, z, rz, beta=a)
+        a, b, c = following
+        z = torch.baddbmm(r, r, r, beta=b, alpha=c)
+        q = torch.baddbmm(q, q, z, beta=a)
+    return q
