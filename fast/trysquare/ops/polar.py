@@ -99,17 +99,23 @@ def normalized(u: Tensor, safety_factor: Scalar, eps: Scalar) -> Tensor:
 
     Nor does the norm: its root is divided by twice.
     """
-    norm = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True, dtype=clipping.wide_dtype(u.device))
+    norm: Tensor = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True, dtype=clipping.wide_dtype(u.device))
     root = ((1 + safety_factor) * norm.clamp(min=eps)).sqrt().to(u.dtype).clamp(min=torch.finfo(u.dtype).tiny)
     return (u / root).div_(root)
 
 
 def standard_form(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
-    """X ← aX + (bA + cA²)X with A = XXᵀ, for every (a, b, c). No matrix with more rows than columns is given."""
-    for a, b, c in coefficients:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    """One quintic after the other on X, which has no more rows than columns."""
+    for triple in coefficients:
+        x = quintic(x, triple)
     return x
+
+
+def quintic(x: Tensor, coefficients: Coefficients) -> Tensor:
+    """aX + (bA + cA²)X with A = XXᵀ."""
+    a, b, c = coefficients
+    gram = x @ x.mT
+    return torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
 
 
 def gram_form(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
