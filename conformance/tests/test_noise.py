@@ -14,7 +14,19 @@ import torch
 
 import trysquare_reference
 from trysquare_conformance.noise import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Arithmetic, Noisy, mixed, noisy, wrapper
-from trysquare_reference import clipping, decay, dolphinflow, moments, polar, projection, stablemax
+from trysquare_reference import (
+    clipping,
+    decay,
+    dolphinflow,
+    moments,
+    polar,
+    polar_express,
+    projection,
+    row_norm,
+    schedule_free,
+    stablemax,
+    thorn,
+)
 
 U = FLOAT32.elementwise
 Wrap = Callable[[Any], Noisy]
@@ -258,6 +270,27 @@ def _dolphinflow(wrap: Wrap, **settings: Any) -> Any:
     return dolphinflow.step(theta, [wrap(W), wrap(W[0])], [dolphinflow.init(t, hp) for t in theta], hp)
 
 
+def _thorn(wrap: Wrap, **settings: Any) -> Any:
+    hp = thorn.Hyperparameters(**settings)
+    state = thorn.init(wrap(X), hp)
+    theta = wrap(X)
+    for g in (W, X):
+        (theta,), (state,) = thorn.step([theta], [wrap(g)], [state], hp)
+    return theta, state
+
+
+def _micro_step(wrap: Wrap, **settings: Any) -> Any:
+    hp = thorn.Hyperparameters(update_rate=2, **settings)
+    return thorn.release_step(wrap(X), wrap(W), thorn.init(wrap(X), hp), hp)
+
+
+GROUPS: list[dict[str, Any]] = [
+    {"orthogonalize": orthogonalize, "schedule_free": schedule_free, "betas": betas}
+    for orthogonalize, schedule_free in ((True, True), (False, True), (False, False))
+    for betas in ((0.9, 0.95), (0.0, 0.0))
+]
+
+
 CALLS: dict[str, Callable[[Wrap], Any]] = {
     "projection.project_rows": lambda wrap: projection.project_rows(wrap(X), wrap(W)),
     "projection.project_update_rows": lambda wrap: projection.project_update_rows(wrap(X), wrap(W), 1e-8),
@@ -268,6 +301,31 @@ CALLS: dict[str, Callable[[Wrap], Any]] = {
     "moments.adapt": lambda wrap: [moments.adapt(wrap(X), wrap(W * W), 3, 0.99, 1e-8, b) for b in (True, False)],
     "polar.newton_schulz": lambda wrap: [polar.newton_schulz(wrap(x), 5, 1e-8) for x in (X, X.T, X.reshape(2, 2, 3))],
     "decay.decoupled_decay": lambda wrap: decay.decoupled_decay(wrap(X), 0.1, 0.1),
+    "decay.cautious_decay": lambda wrap: decay.cautious_decay(wrap(X), wrap(W), 0.1),
+    "polar.polar_factor": lambda wrap: [
+        polar.polar_factor(wrap(x), polar_express.coefficients(), 0.02, 1e-8, form)
+        for x in (X, X.T, X.reshape(2, 2, 3))
+        for form in ("standard", "gram")
+    ],
+    "row_norm.normalize_rows": lambda wrap: row_norm.normalize_rows(wrap(X), wrap(X[:, :1] ** 2), 0.95, 1e-8),
+    "schedule_free.average": lambda wrap: schedule_free.average(wrap(X), wrap(W), 0.3),
+    "schedule_free.averaged": lambda wrap: schedule_free.averaged(wrap(X), wrap(W), 0.9),
+    "schedule_free.explicit_step": lambda wrap: schedule_free.explicit_step(
+        wrap(X), wrap(W), wrap(X * W), 0.1, 0.3, 0.9
+    ),
+    "schedule_free.step": lambda wrap: schedule_free.step(wrap(X), wrap(W), wrap(X * W), 0.1, 0.3, 0.9),
+    "thorn.init": lambda wrap: [
+        thorn.init(wrap(X), thorn.Hyperparameters(**group), half=True) for group in GROUPS if not group["orthogonalize"]
+    ],
+    "thorn.step": lambda wrap: [_thorn(wrap, weight_decay=decay, **group) for group in GROUPS for decay in (0.0, 0.1)],
+    "thorn.release_step": lambda wrap: [_micro_step(wrap, **group) for group in GROUPS],
+    "thorn.accumulate": lambda wrap: [
+        thorn.accumulate(wrap(W), thorn.init(wrap(X), hp), hp)
+        for hp in (thorn.Hyperparameters(**group) for group in GROUPS if not group["orthogonalize"])
+    ],
+    "thorn.mean": lambda wrap: [
+        thorn.mean(wrap(X), thorn.init(wrap(W), hp), hp) for hp in (thorn.Hyperparameters(**group) for group in GROUPS)
+    ],
     "dolphinflow.init": lambda wrap: dolphinflow.init(wrap(X), HP),
     "dolphinflow.step": lambda wrap: [
         _dolphinflow(wrap, ortho_mode=mode, project=project, adaptive_lr=adaptive)
@@ -298,7 +356,16 @@ CALLS: dict[str, Callable[[Wrap], Any]] = {
 }
 """Every public function of every page, with all its inputs noisy."""
 
-WITHOUT_ARRAYS = {"loss_schedule.update", "stablemax.class_axis"}
+WITHOUT_ARRAYS = {
+    "loss_schedule.update",
+    "polar_express.coefficients",
+    "polar_express.quintic",
+    "rectification.rectification",
+    "schedule_free.weigh",
+    "stablemax.class_axis",
+    "thorn.scale",
+}
+NUMBERS = {"step", "lr_max", "weight_sum"}  # of a state: float64 whatever the precision
 
 
 def public_functions() -> Iterator[str]:
@@ -315,7 +382,7 @@ def leaves(result: Any) -> Iterator[Any]:
         for part in result:
             yield from leaves(part)
     elif isinstance(result, dict):
-        yield from leaves([value for name, value in result.items() if name != "step"])
+        yield from leaves([value for name, value in result.items() if name not in NUMBERS])
     else:
         yield result
 

@@ -10,8 +10,13 @@ from trysquare_reference import (
     loss_schedule,
     moments,
     polar,
+    polar_express,
     projection,
+    rectification,
+    row_norm,
+    schedule_free,
     stablemax,
+    thorn,
 )
 from trysquare_reference._array import Array
 
@@ -23,6 +28,11 @@ __all__ = [
     "loss_schedule",
     "moments",
     "polar",
+    "polar_express",
     "projection",
+    "rectification",
+    "row_norm",
+    "schedule_free",
     "stablemax",
+    "thorn",
 ]
