@@ -49,11 +49,15 @@ class BatchedOptimizer(Optimizer):
     _carried: ClassVar[Mapping[str, tuple[Any, Constraint]]] = {}
     """What a group carries from step to step besides its hyperparameters: the value in a new group, what it may be."""
 
+    _backends: ClassVar[tuple[str, ...]] = _backend.BACKENDS
+    """What ``backend`` may be."""
+
     def __init__(
         self, params: ParamsT, defaults: Group, *, nonfinite: str, workspace_bytes: int | None, backend: str
     ) -> None:
         name = type(self).__name__
-        _constraints.check(_constraints.EXECUTION, {"nonfinite": nonfinite, "backend": backend}, name)
+        execution = {**_constraints.EXECUTION, "backend": _constraints.Choice(self._backends)}
+        _constraints.check(execution, {"nonfinite": nonfinite, "backend": backend}, name)
         _constraints.check_workspace(workspace_bytes)
         _constraints.check(self._constraints, defaults, name)
         _constraints.check_tensors(self._constraints, defaults, name)
@@ -71,7 +75,7 @@ class BatchedOptimizer(Optimizer):
 
     @abstractmethod
     def _layout(self, group: Group, parameter: Tensor) -> dict[str, Entry]:
-        """The state tensors of a parameter, by name. They start as zeros."""
+        """The state tensors of a parameter, by name; one of them is ``step``. They start as zeros."""
 
     @abstractmethod
     def _move(self, batches: Sequence[Batch]) -> None:
@@ -205,22 +209,20 @@ class BatchedOptimizer(Optimizer):
         self._init_group(group, traced, positions, parameters, gradients, *states)
         if traced:
             return [
-                Batch(group, [p], [gradients[i]], {n: [s[i]] for n, s in zip(names, states, strict=True)})
+                Batch(group, [p], [gradients[i]], {n: [s[i]] for n, s in zip(names, states, strict=True) if n in held})
                 for i, p in enumerate(parameters)
+                for held in [self._layout(group, p)]
             ]
         together: dict[int, list[int]] = {}
         bucket_of = self._plan(group)
         for i, position in enumerate(positions):
             together.setdefault(bucket_of[position], []).append(i)
-        return [
-            Batch(
-                group,
-                [parameters[i] for i in members],
-                [gradients[i] for i in members],
-                {name: [state[i] for i in members] for name, state in zip(names, states, strict=True)},
-            )
-            for members in together.values()
-        ]
+        batches = []
+        for members in together.values():
+            held = self._layout(group, parameters[members[0]])
+            state = {name: [s[i] for i in members] for name, s in zip(names, states, strict=True) if name in held}
+            batches.append(Batch(group, [parameters[i] for i in members], [gradients[i] for i in members], state))
+        return batches
 
     def _init_group(
         self,
@@ -233,6 +235,7 @@ class BatchedOptimizer(Optimizer):
     ) -> None:
         """Fill the lists with what has a gradient; new parameters get their state.
 
+        The lists are parallel: where a parameter has no entry of a name, its ``step`` stands in.
         torch.compile knows a method of this name and runs it outside the trace: the first step needs no graph of its
         own, and the checks of a traced step stand here.
         """
@@ -249,12 +252,14 @@ class BatchedOptimizer(Optimizer):
             positions.append(position)
             parameters.append(parameter)
             gradients.append(parameter.grad)
-            for (name, entry), tensors in zip(layout.items(), states, strict=True):
+            for name, entry in layout.items():
                 if state[name].device != parameter.device or state[name].dtype != entry.dtype:  # the model was moved
                     state[name] = state[name].to(parameter.device, entry.dtype)
-                tensors.append(state[name])
+            for name, tensors in zip(self._state_names(group), states, strict=True):
+                tensors.append(state[name if name in layout else "step"])
 
     def _state_names(self, group: Group) -> list[str]:
+        """Every name that a state in this group may have."""
         return list(self._layout(group, group["params"][0])) if group["params"] else []
 
     def _new_state(self, group: Group, parameter: Tensor) -> dict[str, Tensor]:
@@ -328,14 +333,22 @@ class BatchedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint as it was saved, bit for bit and with its own dtypes; reject a foreign one whole."""
         state_dict = _checkpoint.after_hooks(self, state_dict)
+        self._check_format(state_dict)
         groups = _checkpoint.checked_groups(self, state_dict, set(self._constraints), set(self._carried))
         self._check_groups(groups, "state_dict: ")
         for index, group in enumerate(groups):
             _constraints.check_tensors(self._constraints, group, f"state_dict: group {index}")
         state = _checkpoint.checked_state(state_dict, groups, self._layout)
+        self._adopt(state)
         self.__setstate__({"state": state, "param_groups": groups})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    def _check_format(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise if a state dict is one that another function reads."""
+
+    def _adopt(self, state: Mapping[Tensor, dict[str, Tensor]]) -> None:
+        """Check the values of states that are about to be taken over, whose shapes and dtypes are right."""
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("nonfinite", "workspace_bytes", "backend", "_skipped")
