@@ -14,12 +14,9 @@ from trysquare import _backend, _batches
 from trysquare._batches import Batch, Piece
 from trysquare._constraints import Choice, Constraint, Flag, Integer, Number
 from trysquare._optimizer import BatchedOptimizer, Entry, Group
-from trysquare.ops import clipping, loss_schedule, moments, projection
+from trysquare.ops import clipping, loss_schedule, moments
 from trysquare.ops import dolphinflow as ops
 from trysquare.ops._scalar import Scalar
-
-Products = tuple[Tensor, Tensor]
-"""⟨w,g⟩ of the unclipped gradient and ⟨w,w⟩, each (B, R, 1)."""
 
 
 class DolphinFlow(BatchedOptimizer):
@@ -137,8 +134,7 @@ class DolphinFlow(BatchedOptimizer):
         super().__init__(params, defaults, nonfinite=nonfinite, workspace_bytes=workspace_bytes, backend=backend)
 
     def _layout(self, group: Group, parameter: Tensor) -> dict[str, Entry]:
-        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        whole = Entry(tuple(parameter.shape), dtype)
+        whole = Entry(tuple(parameter.shape), _arithmetic(parameter))
         layout = {"step": Entry((), clipping.wide_dtype(parameter.device)), "momentum_buffer": whole}
         return {**layout, "exp_avg_sq": whole} if group["adaptive_lr"] else layout
 
@@ -174,29 +170,29 @@ class DolphinFlow(BatchedOptimizer):
 
     def _move(self, batches: Sequence[Batch]) -> None:
         clip = batches[0].group["gradient_clipping"]
-        norm, products = self._measure(batches) if clip or self.nonfinite == "skip" else (None, None)
+        norm, coefficients = self._measure(batches) if clip or self.nonfinite == "skip" else (None, None)
         scale = clipping.clip_scale(norm, clip) if norm is not None and clip else None
         finite = self._finite(norm)
         for batch in batches:
             _advance(batch.state["step"], finite)
             if batch.parameters[0].numel():
-                self._move_batch(batch, scale, finite, products)
+                self._move_batch(batch, scale, finite, coefficients)
 
-    def _measure(self, batches: Sequence[Batch]) -> tuple[Tensor, Iterator[Products] | None]:
-        """The norm of all gradients and, if compiled, the row products of each piece, which the same sweep gives."""
+    def _measure(self, batches: Sequence[Batch]) -> tuple[Tensor, Iterator[Tensor] | None]:
+        """The norm of all gradients and, if compiled, the coefficients of each piece, which the same sweep gives."""
         if self._chosen != "compiled" or torch.compiler.is_compiling():
             return self._gradient_norm(batches), None
         sums: list[Tensor] = []
-        products: list[Products] = []
+        coefficients: list[Tensor] = []
         for batch in batches:
             if not (batch.parameters[0].numel() and _rule(batch.group, batch.parameters[0]).projects_gradient):
                 sums += [self._sum_of_squares(gradient) for gradient in batch.gradients]
                 continue
             for piece in self._pieces(batch):
-                along, square, total = _backend.run("compiled", ops.measure, piece.operands[1], piece.operands[0])
+                coefficient, total = _backend.run("compiled", ops.measure, piece.operands[1], piece.operands[0])
                 sums.append(total)
-                products.append((along, square))
-        return clipping.total_norm(sums), iter(products)
+                coefficients.append(coefficient)
+        return clipping.total_norm(sums), iter(coefficients)
 
     def _pieces(self, batch: Batch) -> Iterator[Piece]:
         first = batch.parameters[0]
@@ -206,29 +202,30 @@ class DolphinFlow(BatchedOptimizer):
         return _batches.pieces([batch.gradients, *written], self._workspace(first.device), split, snapshots)
 
     def _move_batch(
-        self, batch: Batch, scale: Tensor | None, finite: Tensor | None, products: Iterator[Products] | None
+        self, batch: Batch, scale: Tensor | None, finite: Tensor | None, coefficients: Iterator[Tensor] | None
     ) -> None:
         group, first = batch.group, batch.parameters[0]
         rule = _rule(group, first)
         scale = None if scale is None else scale.to(first.device)
+        narrow = None if scale is None else scale.to(_arithmetic(first))
         for piece in self._pieces(batch):
             before = piece.snapshot(finite)
-            coefficient = self._coefficient(piece, scale, products) if rule.projects_gradient else None
+            coefficient = self._coefficient(piece, scale, coefficients) if rule.projects_gradient else None
             correction = None
             if rule.adaptive_lr and rule.bias_correction:
                 steps = torch.stack(batch.state["step"][piece.members])
                 correction = moments.correction(steps, group["beta2"], piece.operands[2].dtype)
-            self._update(group, rule, piece, scale, coefficient, correction)
+            self._update(group, rule, piece, narrow, coefficient, correction)
             piece.restore(before, finite)
             piece.store()
 
-    def _coefficient(self, piece: Piece, scale: Tensor | None, products: Iterator[Products] | None) -> Tensor:
+    def _coefficient(self, piece: Piece, scale: Tensor | None, coefficients: Iterator[Tensor] | None) -> Tensor:
         gradient, theta, momentum_buffer = piece.operands[:3]
-        if products is None:
+        if coefficients is None:
             arguments = theta, gradient, scale, momentum_buffer.dtype
             return cast("Tensor", _backend.run(self._chosen, ops.row_coefficient, *arguments))
-        along, square = next(products)
-        return projection.coefficient(along if scale is None else along * scale, square).to(momentum_buffer.dtype)
+        coefficient = next(coefficients)
+        return (coefficient if scale is None else coefficient * scale).to(momentum_buffer.dtype)
 
     def _update(
         self,
@@ -241,14 +238,21 @@ class DolphinFlow(BatchedOptimizer):
     ) -> None:
         gradient, theta, momentum_buffer, *rest = piece.operands
         tensors = theta, gradient, momentum_buffer, rest[0] if rest else None, correction, scale, coefficient
-        numbers = [_rate(group), *(group[name] for name in ("weight_decay", "momentum", "beta2", "eps"))]
-        _backend.run(self._chosen, ops.update_, *tensors, *_backend.scalars(self._chosen, numbers), rule)
+        numbers = [_rate(group), *(group[name] for name in ("weight_decay", "momentum", "eps"))]
+        numbers = _backend.scalars(self._chosen, numbers, momentum_buffer.dtype)
+        beta2 = _backend.scalars(self._chosen, [group["beta2"]], torch.float64)  # 1 − β₂ needs the digits
+        _backend.run(self._chosen, ops.update_, *tensors, *numbers, *beta2, rule)
 
     def _split(self, rule: ops.Rule) -> _batches.Split:
         """A compiled update needs no scratch, so there is nothing to bound."""
         if self._chosen == "compiled" or rule.ortho_mode == "matrix":
             return "whole"
         return "elements" if rule.ortho_mode is None else "rows"
+
+
+def _arithmetic(parameter: Tensor) -> torch.dtype:
+    """What state is kept and an update computed in."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 def _mode(group: Group, parameter: Tensor) -> str | None:

@@ -170,7 +170,7 @@ def backends_since(before: Any) -> set[str]:
 
 def test_one_compilation_carries_many_shapes() -> None:
     """And many learning rates, also one that happens to equal another hyperparameter."""
-    _backend._compiled.cache_clear()
+    _backend.forget_compilations()
     before = copy.copy(_backend.calls)
     first = DolphinFlow(parameters([(4, 3), (3,)]), backend="compiled")
     run(first, 1)
@@ -218,7 +218,7 @@ def test_a_compilation_that_fails_is_not_replaced(monkeypatch: pytest.MonkeyPatc
     def broken(*_: Any, **__: Any) -> Callable[..., Any]:
         raise NotImplementedError("no compiler")
 
-    _backend._compiled.cache_clear()
+    _backend.forget_compilations()
     monkeypatch.setattr(torch, "compile", broken)
     optimizer = DolphinFlow(parameters(SHAPES), backend="compiled")
     before = [bits(p) for p in all_parameters(optimizer)]

@@ -37,8 +37,8 @@ def row_coefficient(theta: Tensor, gradient: Tensor, scale: Tensor | None, dtype
     return projection.gradient_coefficient(clipped(gradient, scale, dtype), theta.to(dtype))
 
 
-def measure(theta: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """⟨w,g⟩ and ⟨w,w⟩ of every row, each (B, R, 1), and Σg², in one pass over both tensors.
+def measure(theta: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The coefficient of every row for the gradient as it is, (B, R, 1), and Σg², in one pass over both tensors.
 
     The gradient is not clipped yet and may be large: what holds it is summed in float64 (where the device has it).
     """
@@ -46,7 +46,7 @@ def measure(theta: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     narrow = theta if theta.dtype == torch.float64 else theta.float()
     w, g = theta.to(wide_dtype), gradient.to(wide_dtype)
     sums = torch.stack([(w * g).sum(-1, keepdim=True), (g * g).sum(-1, keepdim=True)])
-    return sums[0], (narrow * narrow).sum(-1, keepdim=True), sums[1].sum()
+    return projection.coefficient(sums[0], (narrow * narrow).sum(-1, keepdim=True)), sums[1].sum()
 
 
 def update_(
@@ -60,8 +60,8 @@ def update_(
     lr: Scalar,
     weight_decay: Scalar,
     momentum: Scalar,
-    beta2: Scalar,
     eps: Scalar,
+    beta2: Scalar,
     rule: Rule,
 ) -> None:
     """Steps ``theta``, ``momentum_buffer`` and ``exp_avg_sq``, each (B, R, C), in place; ``gradient`` is only read.
