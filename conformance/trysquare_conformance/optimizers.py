@@ -53,21 +53,55 @@ class OptimizerSubject(ABC):
         with np.errstate(over="ignore", invalid="ignore"):
             return bool(np.isfinite(clipping.global_norm([g for g in feed.gradients if g is not None])))
 
+    def in_lane(self, case: Case, lane: Lane) -> Case:  # noqa: ARG002  # most cases are the same in every lane
+        """The case with what it leaves to the lane filled in, so that the reference computes in the same manner."""
+        return case
+
     def arithmetic(self, case: Case) -> Arithmetic:
         """How the fast code computes: float64 for float64 parameters, else float32."""
         return FLOAT64 if case.dtype == "float64" else FLOAT32
 
-    @abstractmethod
-    def loss(self, case: Case, step: int) -> float | None:
+    def computes(self, case: Case, feed: Feed, step: int) -> bool:  # noqa: ARG002  # most steps are alike
+        """Whether step 0, 1, … has anything to compute, so that a call of the lane's backend must be seen."""
+        return feed.computes
+
+    def loss(self, case: Case, step: int) -> float | None:  # noqa: ARG002  # most algorithms never ask for one
         """The closure's loss in step 0, 1, …; None: no closure."""
+        return None
 
-    @abstractmethod
-    def load_shared(self, optimizer: BatchedOptimizer, shared: dict[str, float]) -> None:
-        """Put the numbers that belong to no parameter into the fast optimizer."""
+    def load_shared(self, optimizer: BatchedOptimizer, shared: dict[str, float]) -> None:  # noqa: B027  # as above
+        """Put the numbers that belong to no parameter into the fast optimizer, if there are any."""
 
-    @abstractmethod
-    def read_shared(self, optimizer: BatchedOptimizer) -> dict[str, float]:
+    def read_shared(self, optimizer: BatchedOptimizer) -> dict[str, float]:  # noqa: ARG002  # most have none
         """Read them back."""
+        return {}
+
+    def keeps_gradients(self, case: Case) -> bool:  # noqa: ARG002  # as torch's optimizers do
+        """Whether a step leaves every bit of the gradients; otherwise it must remove them all."""
+        return True
+
+    def take_step(
+        self,
+        optimizer: BatchedOptimizer,
+        parameters: Sequence[torch.nn.Parameter],
+        gradients: Sequence[torch.Tensor | None],
+        loss: float | None,
+    ) -> None:
+        """Let the fast optimizer step with these gradients."""
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        if loss is None:
+            optimizer.step()
+        else:
+            optimizer.step(lambda: loss)
+
+    def expected_view(self, case: Case, after: Snapshot) -> Outputs:  # noqa: ARG002  # most have none
+        """What else can be seen after a step, by the reference."""
+        return {}
+
+    def observed_view(self, run: "FastRun") -> Outputs:  # noqa: ARG002  # as above
+        """The same by the fast code, which it must leave as it was."""
+        return {}
 
     def place(self, array: Array, dtype: str, layout: str, lane: Lane) -> torch.Tensor:
         """A tensor on the lane's device, in a layout."""
@@ -75,37 +109,38 @@ class OptimizerSubject(ABC):
 
     def stages(self, case: Case, lane: Lane) -> Iterator[Stage]:
         """One stage a step, each from the reference's state as the fast code would store it."""
-        fast = FastRun(self, case, lane)
+        fast, here = FastRun(self, case, lane), self.in_lane(case, lane)
         for step, (before, feed) in enumerate(self.trajectory(case)):
             yield Stage(
                 f"step {step + 1}",
-                partial(self._step_outputs, case, before, feed),
+                partial(self._step_outputs, here, before, feed),
                 partial(fast.teacher_forced, before, feed, fresh=step == 0),
                 self._stored(case, before),
-                self.arithmetic(case),
-                computes=feed.computes and not self.refuses(case, feed),
+                self.arithmetic(here),
+                computes=self.computes(case, feed, step) and not self.refuses(case, feed),
             )
 
     def drift(self, case: Case, lane: Lane) -> Stage | None:
         """All steps without correction, judged against the reference doing the same in the lane's arithmetic."""
         if case.steps == 1:
             return None
-        path = list(self.trajectory(case))
+        path, here = list(self.trajectory(case)), self.in_lane(case, lane)
         start, feeds = path[0][0], [feed for _, feed in path]
+        moving = [self.computes(case, feed, step) and not self.refuses(case, feed) for step, feed in enumerate(feeds)]
         return Stage(
             f"free run of {case.steps} steps",
-            partial(self._free_outputs, case, start, feeds),
+            partial(self._free_outputs, here, start, feeds),
             lambda: FastRun(self, case, lane).free(start, feeds),
             self._stored(case, start),
-            self.arithmetic(case),
-            computes=any(feed.computes and not self.refuses(case, feed) for feed in feeds),
+            self.arithmetic(here),
+            computes=any(moving),
         )
 
     def trajectory(self, case: Case) -> Iterator[tuple[Snapshot, Feed]]:
         """Before each step: the reference's snapshot, rounded as stored, and what is fed in."""
         exact = self.begin(case, self._weights(case))
         for step in range(case.steps):
-            before = self._as_stored(case, exact)
+            before = self.as_stored(case, exact)
             feed = Feed(self._gradients(case, before, step), self.loss(case, step))
             yield before, feed
             if step + 1 < case.steps:
@@ -146,20 +181,21 @@ class OptimizerSubject(ABC):
         return case.hyperparameters["nonfinite"] == "raise" and not self.is_finite(feed)
 
     def _step_outputs(self, case: Case, before: Snapshot, feed: Feed, wrap: Wrap) -> Outputs:
-        return outputs(before, self._expected(case, before.wrapped(wrap), feed.wrapped(wrap)))
+        after = self._expected(case, before.wrapped(wrap), feed.wrapped(wrap))
+        return outputs(before, after) | self.expected_view(case, after)
 
     def _free_outputs(self, case: Case, start: Snapshot, feeds: Sequence[Feed], wrap: Wrap) -> Outputs:
         now = start
         for feed in feeds:
             now = self._as_kept(case, self._expected(case, now.wrapped(wrap), feed.wrapped(wrap)))
-        return outputs(start, now)
+        return outputs(start, now) | self.expected_view(case, now)
 
     def _as_kept(self, case: Case, after: Snapshot) -> Snapshot:
         """In noisy arithmetic each of many steps ends with a rounding to storage, as the lane's; exact stays exact."""
         noisy = any(isinstance(array, Noisy) for array in after.parameters)
-        return self._as_stored(case, after) if noisy else after
+        return self.as_stored(case, after) if noisy else after
 
-    def _as_stored(self, case: Case, exact: Snapshot) -> Snapshot:
+    def as_stored(self, case: Case, exact: Snapshot) -> Snapshot:
         """A snapshot rounded to the dtypes in which the fast code keeps it."""
         return exact.mapped(lambda array, name: rounded(array, self.stored_as(case, name) if name else case.dtype))
 
@@ -169,6 +205,7 @@ class OptimizerSubject(ABC):
         names = outputs(snapshot, snapshot).keys() | {"raised", "skipped"}
         stored = {name: STORED[kinds.get(name.partition("/")[0], "float64")] for name in names}
         parameter = STORED[case.dtype]
+        stored |= dict.fromkeys(self.expected_view(case, snapshot), parameter)
         return stored | {f"update/{i}": parameter.beside(old) for i, old in enumerate(snapshot.parameters)}
 
 
@@ -189,14 +226,14 @@ class FastRun:
         if not fresh:
             self._load_states(before)
         self._step(feed)
-        return outputs(before, self._read(before))
+        return outputs(before, self._read(before)) | self.subject.observed_view(self)
 
     def free(self, start: Snapshot, feeds: Sequence[Feed]) -> Outputs:
         """All steps, each from where the last one ended."""
         self._load_parameters(start)
         for feed in feeds:
             self._step(feed)
-        return outputs(start, self._read(start))
+        return outputs(start, self._read(start)) | self.subject.observed_view(self)
 
     def _load_parameters(self, before: Snapshot) -> None:
         with torch.no_grad():
@@ -211,45 +248,42 @@ class FastRun:
         self.subject.load_shared(self.optimizer, before.shared)
 
     def _state_tensor(self, parameter: torch.Tensor, name: str, value: object) -> torch.Tensor:
-        """A count is 0-dimensional, of float64 where the device has it; the rest is laid out as the parameter."""
+        """A count is 0-dimensional, float64 where the device has it; what fits is laid out as the parameter."""
         if not isinstance(value, np.ndarray):
             return torch.tensor(value, dtype=wide_dtype(parameter.device), device=parameter.device)
         stored = to_tensor(value, self.subject.stored_as(self.case, name))
+        if stored.shape != parameter.shape:
+            return stored.to(parameter.device)
         return torch.empty_like(parameter, dtype=stored.dtype, requires_grad=False).copy_(stored)
 
     def _step(self, feed: Feed) -> None:
         """One step; `last` then says whether it raised or was skipped, where the policy makes that an answer."""
-        for parameter, gradient in zip(self.parameters, feed.gradients, strict=True):
-            layout = self.case.layout
-            placed = None if gradient is None else self.subject.place(gradient, self.case.dtype, layout, self.lane)
-            parameter.grad = placed
-        kept = [None if p.grad is None else p.grad.clone() for p in self.parameters]
+        gradients = [None if g is None else self._placed(g) for g in feed.gradients]
+        kept = [None if g is None else g.clone() for g in gradients]
         skipped = int(self.optimizer.skipped_steps)
-        raised = self._raises(feed)
-        self._check_gradients(kept)
+        raised = self._raises(feed, gradients)
+        self._check_gradients(kept if self.subject.keeps_gradients(self.case) or raised else [None] * len(kept))
         self.last = {"raised": raised, "skipped": int(self.optimizer.skipped_steps) - skipped}
 
-    def _raises(self, feed: Feed) -> bool:
+    def _placed(self, gradient: Array) -> torch.Tensor:
+        return self.subject.place(gradient, self.case.dtype, self.case.layout, self.lane)
+
+    def _raises(self, feed: Feed, gradients: Sequence[torch.Tensor | None]) -> bool:
         """Steps. An exception is an answer only where one is called for."""
         try:
-            self._call_step(feed.loss)
+            self.subject.take_step(self.optimizer, self.parameters, gradients, feed.loss)
         except (ArithmeticError, RuntimeError, ValueError):
             if not self.subject.refuses(self.case, feed):
                 raise
             return True
         return False
 
-    def _call_step(self, loss: float | None) -> None:
-        if loss is None:
-            self.optimizer.step()
-        else:
-            self.optimizer.step(lambda: loss)
-
-    def _check_gradients(self, kept: Sequence[torch.Tensor | None]) -> None:
-        """A step reads gradients and must leave every bit of them."""
-        for index, (parameter, before) in enumerate(zip(self.parameters, kept, strict=True)):
-            same = before is None or torch.equal(_bits(parameter.grad), _bits(before))
-            if not same:
+    def _check_gradients(self, expected: Sequence[torch.Tensor | None]) -> None:
+        """A step reads gradients; every bit of them must be as expected, and where none is expected none may be."""
+        for index, (parameter, before) in enumerate(zip(self.parameters, expected, strict=True)):
+            if before is None and parameter.grad is not None:
+                raise AssertionError(f"the step left a gradient to parameter {index}")
+            if before is not None and not torch.equal(_bits(parameter.grad), _bits(before)):
                 raise AssertionError(f"the step changed the gradient of parameter {index}")
 
     def _read(self, before: Snapshot) -> Snapshot:
