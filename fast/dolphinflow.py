@@ -3,6 +3,6 @@
 An installed ``dolphinflow`` package takes precedence over this single file; ``trysquare doctor`` says which is found.
 """
 
-from trysquare import DolphinFlow
+from trysquare import DolphinFlow, DolphinFlow8bit
 
-__all__ = ["DolphinFlow"]
+__all__ = ["DolphinFlow", "DolphinFlow8bit"]

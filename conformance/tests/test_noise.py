@@ -15,9 +15,11 @@ import torch
 import trysquare_reference
 from trysquare_conformance.noise import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Arithmetic, Noisy, mixed, noisy, wrapper
 from trysquare_reference import (
+    blockwise8bit,
     clipping,
     decay,
     dolphinflow,
+    dolphinflow8bit,
     moments,
     polar,
     polar_express,
@@ -291,7 +293,42 @@ GROUPS: list[dict[str, Any]] = [
 ]
 
 
+LARGE = dolphinflow8bit.SMALLEST_CODED // 8
+CODED = gaussian(8, LARGE, seed=2)
+QMAP, HP8BIT = blockwise8bit.dynamic_map(signed=True), dolphinflow8bit.Hyperparameters()
+
+
+def _dolphinflow8bit(wrap: Wrap, **settings: Any) -> Any:
+    """What is not a code: codes are integers, where noise ends."""
+    hp = dolphinflow8bit.Hyperparameters(**settings)
+    theta = [wrap(X), wrap(CODED)]
+    states = [dolphinflow8bit.init(t, hp) for t in theta]
+    stepped, after = dolphinflow8bit.step(theta, [wrap(W), wrap(CODED[::-1])], states, hp)
+    return stepped, after[0], [after[1][name] for name in after[1] if name.startswith("absmax")]
+
+
 CALLS: dict[str, Callable[[Wrap], Any]] = {
+    "blockwise8bit.midpoints": lambda wrap: blockwise8bit.midpoints(wrap(QMAP)),
+    "blockwise8bit.blocks": lambda wrap: blockwise8bit.blocks(wrap(X)),
+    "blockwise8bit.unblocked": lambda wrap: blockwise8bit.unblocked(wrap(X), (3, 2)),
+    "blockwise8bit.block_absmax": lambda wrap: blockwise8bit.block_absmax(wrap(CODED)),
+    "blockwise8bit.scaled": lambda wrap: blockwise8bit.scaled(wrap(X), wrap(np.array([5.0]))),
+    "blockwise8bit.quantize": lambda wrap: blockwise8bit.quantize(wrap(X * X), QMAP)[1],
+    "blockwise8bit.dequantize": lambda wrap: blockwise8bit.dequantize(PER_ROW, wrap(np.array([5.0])), QMAP),
+    "blockwise8bit.error_bound": lambda wrap: blockwise8bit.error_bound(PER_ROW, wrap(np.array([5.0])), QMAP),
+    "dolphinflow8bit.init": lambda wrap: dolphinflow8bit.init(wrap(X), HP8BIT),
+    "dolphinflow8bit.store": lambda wrap: dolphinflow8bit.store(wrap(CODED), 1)["absmax1"],
+    "dolphinflow8bit.load": lambda wrap: dolphinflow8bit.load(
+        {**dolphinflow8bit.store(CODED, 1), "absmax1": wrap(np.ones(16))}, 1
+    ),
+    "dolphinflow8bit.update_moments": lambda wrap: dolphinflow8bit.update_moments(
+        wrap(X), wrap(W), dolphinflow8bit.init(wrap(X), HP8BIT), HP8BIT
+    ),
+    "dolphinflow8bit.step": lambda wrap: [
+        _dolphinflow8bit(wrap, ortho_mode=mode, adaptive_lr=adaptive)
+        for mode in ("vector", "matrix", None)
+        for adaptive in (True, False)
+    ],
     "projection.project_rows": lambda wrap: projection.project_rows(wrap(X), wrap(W)),
     "projection.project_update_rows": lambda wrap: projection.project_update_rows(wrap(X), wrap(W), 1e-8),
     "clipping.global_norm": lambda wrap: clipping.global_norm([wrap(X), wrap(W)]),
@@ -357,6 +394,9 @@ CALLS: dict[str, Callable[[Wrap], Any]] = {
 """Every public function of every page, with all its inputs noisy."""
 
 WITHOUT_ARRAYS = {
+    "blockwise8bit.dynamic_map",
+    "blockwise8bit.interval",
+    "blockwise8bit.nearest",
     "loss_schedule.update",
     "polar_express.coefficients",
     "polar_express.quintic",

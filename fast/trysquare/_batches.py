@@ -117,3 +117,11 @@ def _view(tensors: list[Tensor], member: int, columns: int) -> Piece:
     batches = [tensor.reshape(1, -1, columns) for tensor in tensors]
     copies = [([t], b) for t, b in zip(tensors[1:], batches[1:], strict=True) if not t.is_contiguous()]
     return Piece(batches, slice(member, member + 1), copies)
+
+
+def advance(steps: list[Tensor], finite: Tensor | None) -> None:
+    """t ← t + 1, or t + 0 in a step that is passed over.
+
+    As one list: in a compiled function torch 2.13 loses what is done in place to a single 0-dim float64 CPU tensor.
+    """
+    torch._foreach_add_(steps, 1 if finite is None else [finite.to(step) for step in steps])

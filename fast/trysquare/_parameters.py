@@ -64,6 +64,14 @@ def _named(entry: Any, place: str) -> tuple[str, Any]:
     return entry[0], entry[1]
 
 
+def names_apart(params: Iterable[Any]) -> dict[str, list[Any]]:
+    """Parameters, and their names if they came with names, as torch keeps them in a group."""
+    entries = list(params)
+    if not entries or not isinstance(entries[0], tuple):
+        return {"params": entries}
+    return {"params": [parameter for _, parameter in entries], "param_names": [name for name, _ in entries]}
+
+
 def check_parameter(parameter: Any, name: str) -> None:
     """Raise a TypeError or ValueError that says what is wrong with a parameter and what to do."""
     if not isinstance(parameter, Tensor):
@@ -103,7 +111,7 @@ def check_gradient(parameter: Tensor, name: str) -> None:
 
 def check_state(state: Mapping[str, Any], layout: Mapping[str, Any], name: str) -> None:
     """Raise if the state of a parameter, which a caller may edit, lacks an entry of the layout or has another shape."""
-    for entry, (shape, _) in layout.items() if state else ():
+    for entry, (shape, dtype) in layout.items() if state else ():
         if entry not in state:
             raise ValueError(
                 f"the state of {name} has no {entry!r}: a hyperparameter that needs it was turned on after the first "
@@ -115,6 +123,8 @@ def check_state(state: Mapping[str, Any], layout: Mapping[str, Any], name: str) 
                 f"the state of {name} has {entry!r} of shape {_plain(found)}, expected {shape}: put a tensor of that "
                 "shape there, or delete the state of the parameter to begin anew"
             )
+        if not dtype.is_floating_point and state[entry].dtype != dtype:
+            raise ValueError(f"the state of {name} has {entry!r} of dtype {state[entry].dtype}, expected {dtype}")
 
 
 def _plain(value: Any) -> str:

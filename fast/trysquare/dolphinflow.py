@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -12,14 +11,16 @@ from torch.optim.optimizer import ParamsT
 
 from trysquare import _backend, _batches
 from trysquare._batches import Batch, Piece
+from trysquare._batches import advance as _advance
 from trysquare._constraints import Choice, Constraint, Flag, Integer, Number
-from trysquare._optimizer import BatchedOptimizer, Entry, Group
-from trysquare.ops import clipping, loss_schedule, moments
+from trysquare._loss_aware import LossAware
+from trysquare._loss_aware import rate as _rate
+from trysquare._optimizer import Entry, Group
+from trysquare.ops import clipping, moments
 from trysquare.ops import dolphinflow as ops
-from trysquare.ops._scalar import Scalar
 
 
-class DolphinFlow(BatchedOptimizer):
+class DolphinFlow(LossAware):
     r"""Nesterov momentum with Adam's second moment on gradients orthogonal to the weights.
 
     In step $t = 1, 2, \dots$, with $s = \min(1, G / (\lVert g\rVert_2 + 10^{-6}))$ over all gradients:
@@ -88,12 +89,6 @@ class DolphinFlow(BatchedOptimizer):
         "project": Choice(("gradient", "update")),
         "bias_correction": Flag(),
     }
-    _global: ClassVar[frozenset[str]] = frozenset({"gradient_clipping", "loss_aware_schedule", "loss_ema_beta"})
-    _carried: ClassVar[Mapping[str, tuple[Any, Constraint]]] = {
-        "loss_ema": (None, Number(low=-math.inf, none=True)),
-        "stall_count": (0, Integer(0)),
-        "loss_lr_scale": (1.0, Number()),
-    }
 
     def __init__(
         self,
@@ -145,26 +140,6 @@ class DolphinFlow(BatchedOptimizer):
         if mode == "matrix":
             return f"update orthogonalized as {rows} x {columns}"
         return "ortho_mode=None" if group["ortho_mode"] is None else "fewer than two dimensions: not projected"
-
-    # The loss-aware schedule
-
-    def _before_step(self, closure: Callable[[], Any] | None) -> None:
-        if closure is None and self.param_groups[0]["loss_aware_schedule"]:
-            raise ValueError("loss_aware_schedule=True needs the loss: call step(closure) with one that returns it")
-
-    def _after_closure(self, loss: Any) -> None:
-        if not self.param_groups[0]["loss_aware_schedule"]:
-            return
-        try:
-            number = float(loss)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"loss_aware_schedule=True needs the loss as one number, but the closure returned {loss!r}"
-            ) from error
-        for group in self.param_groups:
-            past = group["loss_ema"], group["stall_count"], group["loss_lr_scale"]
-            now = loss_schedule.update(*past, number, group["loss_ema_beta"])
-            group["loss_ema"], group["stall_count"], group["loss_lr_scale"] = now
 
     # The step
 
@@ -262,18 +237,3 @@ def _mode(group: Group, parameter: Tensor) -> str | None:
 def _rule(group: Group, parameter: Tensor) -> ops.Rule:
     names = ("project", "adaptive_lr", "bias_correction", "ns_steps")
     return ops.Rule(_mode(group, parameter), *(group[name] for name in names))
-
-
-def _rate(group: Group) -> Scalar:
-    """The learning rate times what the loss-aware schedule has left of it."""
-    lr: Scalar = group["lr"]
-    left: float = group["loss_lr_scale"]
-    return lr if left == 1.0 else lr * left
-
-
-def _advance(steps: list[Tensor], finite: Tensor | None) -> None:
-    """t ← t + 1, or t + 0 in a step that is passed over.
-
-    As one list: in a compiled function torch 2.13 loses what is done in place to a single 0-dim float64 CPU tensor.
-    """
-    torch._foreach_add_(steps, 1 if finite is None else [finite.to(step) for step in steps])

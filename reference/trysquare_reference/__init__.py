@@ -4,9 +4,11 @@ An algorithm's page has `Hyperparameters`, `init` and `step`; its ingredients ha
 """
 
 from trysquare_reference import (
+    blockwise8bit,
     clipping,
     decay,
     dolphinflow,
+    dolphinflow8bit,
     loss_schedule,
     moments,
     polar,
@@ -22,9 +24,11 @@ from trysquare_reference._array import Array
 
 __all__ = [
     "Array",
+    "blockwise8bit",
     "clipping",
     "decay",
     "dolphinflow",
+    "dolphinflow8bit",
     "loss_schedule",
     "moments",
     "polar",

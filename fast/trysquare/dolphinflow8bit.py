@@ -1,0 +1,401 @@
+"""DolphinFlow8bit: DolphinFlow's gradient under AdamW's moments, kept as 8-bit codes in bitsandbytes' format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from trysquare import _backend, _batches, _bitsandbytes, _coded_state, _parameters
+from trysquare._batches import Batch, advance
+from trysquare._constraints import Choice, Constraint, Flag, Integer, Number
+from trysquare._loss_aware import LossAware, rate
+from trysquare._optimizer import Entry, Group
+from trysquare._windows import Span, Window, spans, spread
+from trysquare.ops import blockwise8bit, clipping, moments
+from trysquare.ops import dolphinflow as projected
+from trysquare.ops import dolphinflow8bit as ops
+
+SCRATCH = 12
+"""Float32 tensors that an eager update of coded moments holds at once, an upper bound (a compiled one: four)."""
+
+SNAPSHOT_BYTES = 8
+"""What a copy of parameter and codes takes for an element, if a step may have to be taken back."""
+
+
+class Cut(NamedTuple):
+    """What is the same for all windows of a parameter."""
+
+    scale: Tensor | None
+    coefficient: Tensor | None
+    corrections: tuple[Tensor | None, Tensor | None]
+    numbers: list[Any]
+    finite: Tensor | None
+
+
+class DolphinFlow8bit(LossAware):
+    r"""DolphinFlow with a state of 2.03 bytes a parameter: AdamW's moments of the projected gradient, as 8-bit codes.
+
+    In step $t = 1, 2, \dots$, with $\tilde g$ the gradient clipped by the norm $G$ of all gradients and projected off
+    the weights row by row (or orthogonalized), and $m, v$ decoded:
+
+    $$ \begin{aligned}
+       m &\leftarrow \beta_1 m + (1 - \beta_1)\tilde g, \qquad
+       v \leftarrow \beta_2 v + (1 - \beta_2)\tilde g^2, \\
+       \theta &\leftarrow (1 - \eta\lambda)\,\theta
+         - \eta\,\frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \varepsilon}.
+    \end{aligned} $$
+
+    Then $m$ and $v$ are coded again: blocks of 256 elements with a float32 scale each, in the format of bitsandbytes. A
+    parameter of fewer than 4,096 elements keeps them in float32, a float64 one in float64.
+
+    Args:
+        params: parameters, ``named_parameters()`` or groups.
+        lr: learning rate $\eta$, a float or a 0-dim tensor.
+        weight_decay: decoupled decay $\lambda$.
+        momentum: $\beta_1$ in [0, 1); AdamW's, not Nesterov's as in `DolphinFlow`.
+        ortho_mode: ``"vector"`` projects each row of the gradient off the same row of the weights; ``"matrix"``
+            orthogonalizes the gradient by Newton–Schulz iterations, keeping its norm; None does neither.
+        adaptive_lr: divide by the second moment. Without it $m \leftarrow \beta_1 m + \tilde g$, $\theta$ moves by
+            $-\eta m$, and the state is half as large.
+        beta2: $\beta_2$ in [0, 1).
+        eps: $\varepsilon$ > 0.
+        ns_steps: Newton–Schulz iterations of the matrix mode.
+        gradient_clipping: $G$; None or 0: no clipping. ``p.grad`` itself is not changed.
+        loss_aware_schedule: lower the rate by 1 % each time the loss has not improved on its running mean five
+            times in a row. Needs a closure at every step.
+        loss_ema_beta: weight of the past in that running mean.
+        nonfinite: what a gradient with NaN or inf does: ``"propagate"`` as in torch (in a step or two it is NaN all
+            over its block); ``"skip"`` changes nothing in this step, without a synchronisation, and counts it
+            (`skipped_steps`); ``"raise"`` raises.
+        workspace_bytes: bound on the scratch memory of one call of the update; the matrix mode needs a whole matrix, a
+            parameter that is not contiguous a whole row. None: chosen by measurement for each kind of device.
+        backend: ``"eager"``, ``"compiled"`` (the updates through `torch.compile`), ``"bitsandbytes"`` (eager, with
+            that package's decoder, on a CPU) or ``"auto"`` (eager).
+
+    Raises:
+        TypeError, ValueError: names the argument or parameter, its value and what is allowed; nothing has changed.
+        ImportError: ``backend="bitsandbytes"`` without that package.
+
+    Example:
+        >>> model = torch.nn.Linear(100, 64)
+        >>> optimizer = DolphinFlow8bit(model.parameters(), lr=1e-4)
+        >>> model(torch.randn(8, 100)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[model.weight]["state1"].dtype
+        torch.uint8
+
+    References:
+        Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861 (the format).
+        Prieto et al. 2025, Grokking at the Edge of Numerical Stability, arXiv 2501.04697 (the projection).
+        Hartford 2024, dolphinflow.
+    """
+
+    _constraints: ClassVar[Mapping[str, Constraint]] = {
+        "lr": Number(tensor=True),
+        "weight_decay": Number(),
+        "momentum": Number(high=1.0),
+        "ortho_mode": Choice(("vector", "matrix", None)),
+        "adaptive_lr": Flag(),
+        "beta2": Number(high=1.0),
+        "eps": Number(low_open=True),
+        "ns_steps": Integer(1),
+        "gradient_clipping": Number(none=True),
+        "loss_aware_schedule": Flag(),
+        "loss_ema_beta": Number(high=1.0),
+    }
+    _backends: ClassVar[tuple[str, ...]] = (*_backend.BACKENDS, "bitsandbytes")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        weight_decay: float = 1e-2,
+        momentum: float = 0.9,
+        ortho_mode: str | None = "vector",
+        adaptive_lr: bool = True,
+        beta2: float = 0.99,
+        eps: float = 1e-8,
+        ns_steps: int = 2,
+        gradient_clipping: float | None = 1.0,
+        loss_aware_schedule: bool = False,
+        loss_ema_beta: float = 0.98,
+        *,
+        nonfinite: str = "propagate",
+        workspace_bytes: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        if isinstance(backend, str) and backend == "bitsandbytes":
+            _bitsandbytes.require()
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "ortho_mode": ortho_mode,
+            "adaptive_lr": adaptive_lr,
+            "beta2": beta2,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "gradient_clipping": gradient_clipping,
+            "loss_aware_schedule": loss_aware_schedule,
+            "loss_ema_beta": loss_ema_beta,
+        }
+        super().__init__(params, defaults, nonfinite=nonfinite, workspace_bytes=workspace_bytes, backend=backend)
+
+    # State
+
+    def _layout(self, group: Group, parameter: Tensor) -> dict[str, Entry]:
+        step = Entry((), clipping.wide_dtype(parameter.device))
+        return {"step": step, **_coded_state.entries(parameter, _moments(group))}
+
+    def _state_names(self, group: Group) -> list[str]:
+        names = [f"{name}{i}" for i in range(1, _moments(group) + 1) for name in ("state", "qmap", "absmax")]
+        return ["step", *names]
+
+    def _new_state(self, group: Group, parameter: Tensor) -> dict[str, Tensor]:
+        state = super()._new_state(group, parameter)
+        for i in range(1, _moments(group) + 1) if _coded_state.is_coded(parameter) else ():
+            state[f"qmap{i}"] = self._map(i, parameter.device)
+            state[f"state{i}"].fill_(blockwise8bit.SIGNED_ZERO if i == 1 else blockwise8bit.UNSIGNED_ZERO)
+        return state
+
+    def _map(self, i: int, device: torch.device) -> Tensor:
+        """The map of a moment: one tensor for all states, so that it takes no memory for each."""
+        if (i, device) not in self._maps:
+            self._maps[i, device] = blockwise8bit.dynamic_map(i == 1, device).clone()
+        return self._maps[i, device]
+
+    @property
+    def _maps(self) -> dict[tuple[int, torch.device], Tensor]:
+        maps: dict[tuple[int, torch.device], Tensor] = self.__dict__.setdefault("_own_maps", {})
+        return maps
+
+    def _check_gradients(self) -> None:
+        super()._check_gradients()
+        if self.backend != "bitsandbytes":
+            return
+        for index, group in enumerate(self.param_groups):
+            for position, parameter in enumerate(group["params"]):
+                _bitsandbytes.check_device(parameter, _parameters.name_of(group, index, position))
+
+    def _rule_in_words(self, group: Group, parameter: Tensor) -> str:
+        mode, rows, columns = _mode(group, parameter), *_batches.rows_and_columns(parameter.shape)
+        what = {
+            "vector": f"gradient projected in {rows} rows of {columns}",
+            "matrix": f"gradient orthogonalized as {rows} x {columns}",
+            None: "ortho_mode=None" if group["ortho_mode"] is None else "fewer than two dimensions: not projected",
+        }[mode]
+        return f"{what}; {_kept(parameter)}"
+
+    # The step
+
+    def _move(self, batches: Sequence[Batch]) -> None:
+        clip = batches[0].group["gradient_clipping"]
+        norm = self._gradient_norm(batches) if clip or self.nonfinite == "skip" else None
+        scale = clipping.clip_scale(norm, clip) if norm is not None and clip else None
+        finite = self._finite(norm)
+        for batch in batches:
+            advance(batch.state["step"], finite)
+            if not batch.parameters[0].numel():
+                continue
+            on_device = None if scale is None else scale.to(batch.parameters[0].device)
+            if _coded_state.is_coded(batch.parameters[0]):
+                for member in range(len(batch.parameters)):
+                    self._move_coded(batch, member, on_device, finite)
+            else:
+                self._move_small(batch, on_device, finite)
+
+    def _move_small(self, batch: Batch, scale: Tensor | None, finite: Tensor | None) -> None:
+        """Parameters whose moments are not coded, stacked as far as the workspace goes."""
+        group, first = batch.group, batch.parameters[0]
+        mode, held = _mode(group, first), [batch.state[f"state{i}"] for i in range(1, _moments(group) + 1)]
+        split: _batches.Split = {"matrix": "whole", "vector": "rows", None: "elements"}[mode]  # type: ignore[assignment]
+        snapshots = 1 + len(held) if finite is not None else 0
+        operands = [batch.gradients, batch.parameters, *held]
+        for piece in _batches.pieces(operands, self._workspace(first.device), split, snapshots):
+            before = piece.snapshot(finite)
+            gradient, theta, state1, *rest = piece.operands
+            kind = state1.dtype
+            gradient, factor, coefficient = self._direction(group, mode, theta, gradient, scale, kind)
+            corrections = _corrections(group, torch.stack(batch.state["step"][piece.members]), kind)
+            moved = theta, gradient, state1, rest[0] if rest else None, *corrections, factor, coefficient
+            _backend.run(self._chosen, ops.update_, *moved, *self._numbers(group, kind))
+            piece.restore(before, finite)
+            piece.store()
+
+    def _direction(
+        self, group: Group, mode: str | None, theta: Tensor, gradient: Tensor, scale: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gradient, clipping factor and row coefficients of a batch (B, R, C) as an update takes them."""
+        if mode == "matrix":
+            arguments = gradient, scale, group["ns_steps"], *_backend.scalars(self._chosen, [group["eps"]], dtype)
+            return _backend.run(self._chosen, ops.orthogonalized, *arguments, dtype), None, None
+        if mode == "vector":
+            arguments = theta, gradient, scale, dtype
+            return gradient, scale, _backend.run(self._chosen, projected.row_coefficient, *arguments)
+        return gradient, scale, None
+
+    def _move_coded(self, batch: Batch, member: int, scale: Tensor | None, finite: Tensor | None) -> None:
+        """One parameter, in windows of its blocks."""
+        group, theta, gradient = batch.group, batch.parameters[member], batch.gradients[member]
+        mode, coefficient = _mode(group, theta), None
+        if mode == "matrix":
+            matrix = gradient.reshape(1, *_batches.rows_and_columns(gradient.shape))
+            gradient, scale, _ = self._direction(group, mode, theta, matrix, scale, torch.float32)
+            gradient = gradient.reshape(theta.shape)
+        elif mode == "vector":
+            coefficient = self._row_coefficients(group, theta, gradient, scale)
+        corrections = _corrections(group, batch.state["step"][member].view(1), torch.float32)
+        cut = Cut(scale, coefficient, _flat(corrections), self._numbers(group, torch.float32), finite)
+        held = [(batch.state[f"state{i}"][member], batch.state[f"absmax{i}"][member]) for i in _numbered(group)]
+        maps = [(qmap, self._boundaries(qmap)) for qmap in (batch.state[f"qmap{i}"][member] for i in _numbered(group))]
+        for span in spans(theta.numel(), self._window_elements(theta), blockwise8bit.BLOCK):
+            self._move_window(theta, gradient, held, maps, span, cut)
+
+    def _row_coefficients(self, group: Group, theta: Tensor, gradient: Tensor, scale: Tensor | None) -> Tensor:
+        """How much of every row of θ the clipped gradient holds, shape (R,)."""
+        whole = self._chosen == "compiled"  # needs no scratch
+        workspace = self._workspace(theta.device)
+        found = []
+        for piece in _batches.pieces([[gradient], [theta]], workspace, "whole" if whole else "rows"):
+            part, weights = piece.operands
+            found.append(cast("Tensor", self._direction(group, "vector", weights, part, scale, torch.float32)[2]))
+        return torch.cat([coefficient.reshape(-1) for coefficient in found])
+
+    def _move_window(
+        self,
+        theta: Tensor,
+        gradient: Tensor,
+        held: Sequence[tuple[Tensor, Tensor]],
+        maps: Sequence[tuple[Tensor, Tensor]],
+        span: Span,
+        cut: Cut,
+    ) -> None:
+        """A span of whole blocks: everything of it as rows of 256, then one call of the update."""
+        size = blockwise8bit.BLOCK
+        blocks = Span(span.start // size, -(-span.stop // size))
+        written = [Window(theta, span, size)]
+        for codes, absmax in held:
+            written += [Window(codes, span, size), Window(absmax, blocks, 1)]
+        values = [window.values for window in written]
+        before = [] if cut.finite is None else [value.clone() for value in values]
+        first = *values[1:3], *maps[0]
+        second = (*values[3:5], *maps[1]) if len(maps) > 1 else (None,) * 4
+        coefficient = None if cut.coefficient is None else _for_blocks(cut.coefficient, theta, span)
+        arguments = Window(gradient, span, size).values, *first, *second, *cut.corrections, cut.scale, coefficient
+        update = _bitsandbytes.update_coded_ if self._chosen == "bitsandbytes" else ops.update_coded_
+        _backend.run(self._chosen, update, values[0], *arguments, *cut.numbers)
+        for window, old in zip(written, before, strict=False):
+            window.values.copy_(torch.where(cast("Tensor", cut.finite).to(old.device), window.values, old))
+        for window in written:
+            window.store()
+
+    def _window_elements(self, theta: Tensor) -> int:
+        """How many elements fit into the workspace."""
+        scratch = 4 if self._chosen == "compiled" else SCRATCH
+        copied = 0 if self.nonfinite != "skip" else SNAPSHOT_BYTES
+        return self._workspace(theta.device) // (4 * scratch + copied)
+
+    def _boundaries(self, qmap: Tensor) -> Tensor:
+        """Those of a map, kept as long as it does not change."""
+        if torch.compiler.is_compiling():
+            return blockwise8bit.boundaries(qmap)
+        known: dict[int, tuple[Tensor, int, Tensor]] = self.__dict__.setdefault("_known_boundaries", {})
+        found = known.get(id(qmap))
+        if found is None or found[0] is not qmap or found[1] != qmap._version:  # noqa: SLF001 (torch's own count)
+            found = known[id(qmap)] = qmap, qmap._version, blockwise8bit.boundaries(qmap)  # noqa: SLF001
+        return found[2]
+
+    def _numbers(self, group: Group, dtype: torch.dtype) -> list[Any]:
+        named = [group[name] for name in ("weight_decay", "momentum", "beta2", "eps")]
+        return _backend.scalars(self._chosen, [rate(group), *named], dtype)
+
+    # Checkpoints
+
+    def bitsandbytes_state_dict(self) -> dict[str, Any]:
+        """The state as `bitsandbytes.optim.AdamW8bit.state_dict` returns it, for its `load_state_dict`.
+
+        Learning rate, betas, eps and weight decay go with it; what `AdamW8bit` has no argument for does not.
+
+        Raises:
+            ValueError: a group without second moment, or a float64 parameter.
+        """
+        return _bitsandbytes.written(self)
+
+    def load_bitsandbytes_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `bitsandbytes.optim.AdamW8bit.state_dict` returned, of any version since 0.45.
+
+        Learning rate, betas (``momentum`` and ``beta2``), eps and weight decay are taken over with the state; the other
+        arguments stay as they are.
+
+        Raises:
+            TypeError, ValueError: what does not fit; nothing has changed.
+        """
+        wide = clipping.wide_dtype(self.param_groups[0]["params"][0].device)
+        super().load_state_dict(_bitsandbytes.read(state_dict, self.param_groups, wide))
+
+    def _check_format(self, state_dict: Mapping[str, Any]) -> None:
+        if _bitsandbytes.is_foreign(state_dict):
+            raise ValueError(f"state_dict: written by bitsandbytes. {_bitsandbytes.HINT}")
+        _coded_state.check_format(state_dict["state"])
+
+    def _adopt(self, state: Mapping[Tensor, dict[str, Tensor]]) -> None:
+        """States with equal maps share one tensor, as states that were made here do."""
+        kept: dict[tuple[int, torch.device], list[Tensor]] = {}
+        for parameter, entries in state.items():
+            for i in (1, 2):
+                if f"qmap{i}" not in entries:
+                    continue
+                known = kept.setdefault((i, parameter.device), [self._map(i, parameter.device)])
+                loaded = entries[f"qmap{i}"]
+                same = next((qmap for qmap in known if torch.equal(qmap, loaded)), None)
+                known += [loaded] if same is None else []
+                entries[f"qmap{i}"] = loaded if same is None else same
+
+
+def _mode(group: Group, parameter: Tensor) -> str | None:
+    return group["ortho_mode"] if parameter.ndim >= 2 else None
+
+
+def _moments(group: Group) -> int:
+    """How many moments there are."""
+    return 2 if group["adaptive_lr"] else 1
+
+
+def _numbered(group: Group) -> range:
+    return range(1, _moments(group) + 1)
+
+
+def _kept(parameter: Tensor) -> str:
+    """How the moments are kept."""
+    if _coded_state.is_coded(parameter):
+        return "8-bit moments"
+    if parameter.dtype == torch.float64:
+        return "float64: moments not coded"
+    return f"fewer than {_coded_state.SMALLEST_CODED} elements: float32 moments"
+
+
+def _corrections(group: Group, steps: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """1/(1 − β₁ᵗ) and 1/√(1 − β₂ᵗ), each (B, 1, 1), from t of shape (B,)."""
+    if not group["adaptive_lr"]:
+        return None, None
+    first = (1 / (1 - group["momentum"] ** steps)).to(dtype).view(-1, 1, 1)
+    return first, moments.correction(steps, group["beta2"], dtype)
+
+
+def _flat(corrections: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    """Of one parameter, for windows of blocks."""
+    first, second = corrections
+    return None if first is None else first.view(1, 1), None if second is None else second.view(1, 1)
+
+
+def _for_blocks(coefficient: Tensor, theta: Tensor, span: Span) -> Tensor:
+    """The coefficient of every block where rows consist of whole blocks, else that of every element."""
+    columns, size = _batches.rows_and_columns(theta.shape)[1], blockwise8bit.BLOCK
+    if columns % size == 0 and (span.stop - span.start) // size > 1:
+        return spread(coefficient, columns // size, Span(span.start // size, span.stop // size)).unsqueeze(-1)
+    flat = spread(coefficient, columns, span).contiguous()
+    return Window(flat, Span(0, flat.numel()), size).values

@@ -1,0 +1,117 @@
+"""Blockwise 8-bit numbers in the format of bitsandbytes: codes, maps, and one float32 scale for each block of 256.
+
+Codes and values are (K, 256) here, K blocks; scales are (K,).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+DECADES = 7
+SIGNED_ZERO, UNSIGNED_ZERO = 127, 0
+"""The codes of 0, which a block of nothing but zeros is written with."""
+
+BELOW = 0.2 + 2e-3
+"""How far under its place on the lines an entry is looked up, in codes.
+
+The boundary between two decades lies 0.2 codes beyond the end of the lower one's line; the rest covers the rounding of
+the lines, and of a map that was loaded.
+"""
+
+
+@functools.cache
+def dynamic_map(signed: bool, device: torch.device) -> Tensor:
+    """The 256 values of a code, ascending, float32: one tensor for all states on a device."""
+    decades = [_decade(i, 2**i if signed else 2 ** (i + 1)) for i in range(DECADES)]
+    mirrored = [-values for values in decades] if signed else []
+    values, _ = torch.cat([*decades, *mirrored, torch.tensor([0.0, 1.0])]).sort()
+    return values.to(device)
+
+
+def _decade(i: int, n: int) -> Tensor:
+    """The midpoints of n cells of [0.1, 1], times 10^(i-6), in float32; edges are counted from the nearer end."""
+    low = torch.tensor(0.1)
+    h = ((1.0 - low) / n).double()
+    k = torch.arange(n + 1, dtype=torch.float64)
+    edges = torch.where(k < (n + 1) // 2, low.double() + h * k, 1.0 - h * (n - k)).float()
+    return torch.tensor(10.0 ** (i - DECADES + 1)) * ((edges[:-1] + edges[1:]) / 2)
+
+
+def boundaries(qmap: Tensor) -> Tensor:
+    """For each code the largest float32 that still takes it, and not the next; infinite for the last.
+
+    That is the midpoint to the next value, rounded down: a float32 lies above the one if and only if above the other.
+    """
+    values = qmap.double() if qmap.device.type != "mps" else qmap.cpu().double()
+    midpoint = (values[:-1] + values[1:]) / 2
+    nearest = midpoint.float()
+    below = torch.nextafter(nearest, torch.full_like(nearest, -float("inf")))
+    down = torch.where(nearest.double() > midpoint, below, nearest)
+    return torch.cat([down, down.new_full((1,), float("inf"))]).to(qmap.device)
+
+
+def dequantize(codes: Tensor, absmax: Tensor, qmap: Tensor) -> Tensor:
+    """What codes stand for, float32."""
+    return lookup(qmap, codes) * absmax.unsqueeze(-1)
+
+
+def lookup(table: Tensor, codes: Tensor) -> Tensor:
+    """The entry of a table for each code."""
+    return table[codes.to(torch.int32)]
+
+
+def block_absmax(x: Tensor) -> Tensor:
+    """The largest magnitude in each block; NaN where it has one."""
+    return x.abs().amax(dim=-1)
+
+
+def scaled(x: Tensor, absmax: Tensor) -> Tensor:
+    """x over the scale of its block; 0 where that is 0 or not finite."""
+    usable = ((absmax > 0) & (absmax < float("inf"))).unsqueeze(-1)
+    return torch.where(usable, x / torch.where(usable, absmax.unsqueeze(-1), 1.0), 0.0)
+
+
+def quantize_signed(x: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of values of either sign."""
+    absmax = block_absmax(x)
+    s = scaled(x, absmax)
+    place = place_on_lines(s.abs(), 1)
+    first = torch.where(s < 0, SIGNED_ZERO - 2 - place, SIGNED_ZERO + 1 + place)
+    return step_up(s, first, bounds), absmax
+
+
+def quantize_unsigned(x: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of values that are not negative; a positive one never takes code 0."""
+    absmax = block_absmax(x)
+    s = scaled(x, absmax)
+    codes = step_up(s, UNSIGNED_ZERO + 1 + place_on_lines(s, 2), bounds)
+    return torch.where((x > 0) & (absmax < float("inf")).unsqueeze(-1), codes.clamp(min=1), codes), absmax
+
+
+def place_on_lines(s: Tensor, cells: int) -> Tensor:
+    """How many positive codes lie below a magnitude, less one: right, or one too few; -1 below all.
+
+    Within a decade the codes are evenly spaced; seven lines, each flatter than the one before, of which the lowest
+    counts. ``cells`` are those of the lowest decade.
+    """
+    lowest = _line(s, 0, cells)
+    for i in range(1, DECADES):
+        lowest = torch.minimum(lowest, _line(s, i, cells))
+    return lowest.floor().clamp(min=-1)
+
+
+def _line(s: Tensor, i: int, cells: int) -> Tensor:
+    """The codes below 10^(i-6)·[0.1, 1], and of these the part up to s."""
+    n: int = cells * 2**i
+    return s * (10.0 ** (DECADES - 1 - i) * n / 0.9) + (n - cells - 0.1 * n / 0.9 - BELOW)
+
+
+def step_up(s: Tensor, first: Tensor, bounds: Tensor) -> Tensor:
+    """The code of s, which is ``first`` or the next: one comparison with the boundary between them decides."""
+    code = first.clamp(0, 255).to(torch.int32)
+    above = s > lookup(bounds, code)
+    return torch.add(code, above).to(torch.uint8)
