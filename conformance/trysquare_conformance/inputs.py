@@ -185,6 +185,12 @@ KINDS: dict[str, InputKind] = {
     "weights-1e-30": InputKind(
         "⟨w,w⟩ underflows: outside the domain of the projection", weights=_scaled(1e-30), dtypes=WIDE_RANGE
     ),
+    "both-tiny": InputKind(
+        "the product of an update and a weight underflows where its sign is asked for: signs must be compared",
+        weights=_scaled(1e-27),
+        gradient=_scaled(1e-30),
+        dtypes=WIDE_RANGE,
+    ),
     "domain-edge": InputKind(
         "⟨w,w⟩ on both sides of 1e-30, where the projection begins", weights=_edge_of_domain, dtypes=WIDE_RANGE
     ),
