@@ -3,10 +3,12 @@
 from trysquare.dolphinflow import DolphinFlow
 from trysquare.dolphinflow8bit import DolphinFlow8bit
 from trysquare.stablemax import StableMaxCrossEntropyLoss, log_stablemax, stablemax, stablemax_cross_entropy
+from trysquare.thorn import THORN
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "THORN",
     "DolphinFlow",
     "DolphinFlow8bit",
     "StableMaxCrossEntropyLoss",

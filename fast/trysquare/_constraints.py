@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -26,13 +27,14 @@ class Number:
     low: float = 0.0
     high: float = math.inf
     low_open: bool = False
+    high_closed: bool = False
     tensor: bool = False
     none: bool = False
 
     @property
     def words(self) -> str:
         low = "" if self.low == -math.inf else f", {'>' if self.low_open else '>='} {self.low:g}"
-        high = "" if self.high == math.inf else f" and < {self.high:g}"
+        high = "" if self.high == math.inf else f" and {'<=' if self.high_closed else '<'} {self.high:g}"
         kinds = "a finite float" + (" or 0-dim float tensor" if self.tensor else "") + (" or None" if self.none else "")
         return f"{kinds}{low}{high}"
 
@@ -45,7 +47,8 @@ class Number:
 
     def contains(self, value: float) -> bool:
         above = value > self.low if self.low_open else value >= self.low
-        return math.isfinite(value) and above and value < self.high
+        below = value <= self.high if self.high_closed else value < self.high
+        return math.isfinite(value) and above and below
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,49 @@ class Choice:
 
     def allows(self, value: Any) -> bool:
         return (value is None or isinstance(value, str)) and value in self.options
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tuple or list of two numbers."""
+
+    each: Number
+
+    @property
+    def words(self) -> str:
+        return f"a pair of numbers, each {self.each.words}"
+
+    def allows(self, value: Any) -> bool:
+        return isinstance(value, tuple | list) and len(value) == 2 and all(self.each.allows(v) for v in value)
+
+
+@dataclass(frozen=True)
+class Triples:
+    """None, or a sequence of triples of finite floats."""
+
+    words: str = "None or a sequence of triples of finite floats, one for each iteration"
+
+    def allows(self, value: Any) -> bool:
+        return value is None or (isinstance(value, tuple | list) and len(value) > 0 and all(map(self._triple, value)))
+
+    @staticmethod
+    def _triple(value: Any) -> bool:
+        finite = Number(low=-math.inf)
+        return isinstance(value, tuple | list) and len(value) == 3 and all(finite.allows(v) for v in value)
+
+
+@dataclass(frozen=True)
+class DType:
+    """None or one of a few dtypes."""
+
+    options: tuple[torch.dtype, ...]
+
+    @property
+    def words(self) -> str:
+        return "None or one of " + ", ".join(map(str, self.options))
+
+    def allows(self, value: Any) -> bool:
+        return value is None or (isinstance(value, torch.dtype) and value in self.options)
 
 
 EXECUTION: Mapping[str, Constraint] = {

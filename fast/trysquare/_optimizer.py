@@ -43,6 +43,9 @@ class BatchedOptimizer(Optimizer):
     _constraints: ClassVar[Mapping[str, Constraint]]
     """What each hyperparameter of a group may be."""
 
+    _required: ClassVar[frozenset[str]] = frozenset()
+    """Hyperparameters without a default: every group must say."""
+
     _global: ClassVar[frozenset[str]] = frozenset()
     """Hyperparameters that concern all groups at once: a group cannot have its own."""
 
@@ -59,8 +62,9 @@ class BatchedOptimizer(Optimizer):
         execution = {**_constraints.EXECUTION, "backend": _constraints.Choice(self._backends)}
         _constraints.check(execution, {"nonfinite": nonfinite, "backend": backend}, name)
         _constraints.check_workspace(workspace_bytes)
-        _constraints.check(self._constraints, defaults, name)
-        _constraints.check_tensors(self._constraints, defaults, name)
+        known = {key: constraint for key, constraint in self._constraints.items() if key not in self._required}
+        _constraints.check(known, defaults, name)
+        _constraints.check_tensors(known, defaults, name)
         _backend.check(backend, name)
         self.nonfinite = nonfinite
         self.workspace_bytes = workspace_bytes
@@ -91,6 +95,9 @@ class BatchedOptimizer(Optimizer):
     def _after_closure(self, loss: Any) -> None:
         """React to the loss, before the parameters move."""
 
+    def _check_group(self, group: Group, where: str) -> None:
+        """Raise if the hyperparameters of a group, each right by itself, do not fit together or its parameters."""
+
     # Groups
 
     def add_param_group(self, param_group: Group) -> None:
@@ -111,19 +118,24 @@ class BatchedOptimizer(Optimizer):
                 )
         taken = {id(p) for g in self.param_groups for p in g["params"]}
         _parameters.check_parameters(group["params"], where, taken)
+        self._check_group({**settings, **_parameters.names_apart(group["params"])}, where)
         super().add_param_group({**group, **{name: value for name, (value, _) in self._carried.items()}})
 
     def _check_groups(self, groups: Sequence[Group], where: str = "") -> None:
         """Groups may have been edited since the last step, by a scheduler or by hand, or come from a checkpoint."""
-        carried = {name: constraint for name, (_, constraint) in self._carried.items()}
         for index, group in enumerate(groups):
-            _constraints.check({**self._constraints, **carried}, group, f"{where}group {index}")
+            self._check_settings(group, f"{where}group {index}")
             for name in self._global:
                 if group[name] != groups[0][name]:
                     raise ValueError(
                         f"{where}group {index}: {name}={group[name]!r} differs from group 0's {groups[0][name]!r}, "
                         "but it concerns all groups at once: set it in every group"
                     )
+
+    def _check_settings(self, group: Group, where: str) -> None:
+        carried = {name: constraint for name, (_, constraint) in self._carried.items()}
+        _constraints.check({**self._constraints, **carried}, group, where)
+        self._check_group(group, where)
 
     def _check_gradients(self) -> None:
         for index, group in enumerate(self.param_groups):
@@ -246,17 +258,22 @@ class BatchedOptimizer(Optimizer):
         for position, parameter in enumerate(group["params"]):
             if parameter.grad is None:
                 continue
-            state, layout = self.state[parameter], self._layout(group, parameter)
-            if not state:
-                state.update(self._new_state(group, parameter))
+            state = self._state_of(group, parameter)
             positions.append(position)
             parameters.append(parameter)
             gradients.append(parameter.grad)
-            for name, entry in layout.items():
-                if state[name].device != parameter.device or state[name].dtype != entry.dtype:  # the model was moved
-                    state[name] = state[name].to(parameter.device, entry.dtype)
             for name, tensors in zip(self._state_names(group), states, strict=True):
-                tensors.append(state[name if name in layout else "step"])
+                tensors.append(state[name if name in state else "step"])
+
+    def _state_of(self, group: Group, parameter: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter as its layout says: made if there is none, and moved where the model was."""
+        state, layout = self.state[parameter], self._layout(group, parameter)
+        if not state:
+            state.update(self._new_state(group, parameter))
+        for name, entry in layout.items():
+            if state[name].device != parameter.device or state[name].dtype != entry.dtype:
+                state[name] = state[name].to(parameter.device, entry.dtype)
+        return {name: state[name] for name in layout}
 
     def _state_names(self, group: Group) -> list[str]:
         """Every name that a state in this group may have."""

@@ -1,12 +1,24 @@
-"""Decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
+"""Weight decay, decoupled (Loshchilov and Hutter 2019, arXiv 1711.05101) and cautious (arXiv 2510.12402)."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from trysquare.ops._scalar import Scalar
+from trysquare.ops._scalar import Scalar, add_scaled_
 
 
 def decoupled_decay_(theta: Tensor, lr: Scalar, weight_decay: Scalar) -> Tensor:
     """θ ← θ·(1 − ηλ)."""
     return theta.mul_(1 - lr * weight_decay)
+
+
+def cautious_decay_(u: Tensor, theta: Tensor, weight_decay: Scalar) -> Tensor:
+    """u ← u + λθ where u does not point away from zero: where u = 0 or θ = 0 or their signs agree.
+
+    The signs are compared, as the product u·θ can underflow.
+    """
+    if not isinstance(weight_decay, Tensor) and weight_decay == 0:
+        return u
+    aligned = u.sign().mul_(theta.sign()) >= 0
+    return add_scaled_(u, torch.where(aligned, theta, 0.0), weight_decay)
