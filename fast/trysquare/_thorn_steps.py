@@ -172,14 +172,19 @@ def rule_of(group: Group, parameter: Tensor) -> ops.Rule:
     """Coefficients, and the form and precision of products that suit shape and device."""
     rows, columns = matrix_shape(group, parameter)[-2:]
     given = group["coefficients"]
-    table = (
-        polar_express.coefficients(*(group[name] for name in ("iters", "lower_bound", "safety_factor", "cushion")))
-        if given is None
-        else tuple((float(a), float(b), float(c)) for a, b, c in given)
-    )
+    if given is None:
+        table = _solved(group["iters"], group["lower_bound"], group["safety_factor"], group["cushion"])
+    else:
+        table = tuple((float(a), float(b), float(c)) for a, b, c in given)
     dtype = group["matmul_dtype"] or polar.choose_matmul_dtype(arithmetic(parameter), parameter.device)
     form = polar.choose_form(rows, columns, parameter.device, dtype, len(table))
     return ops.Rule(table, float(group["safety_factor"]), dtype, form)
+
+
+@torch.compiler.assume_constant_result
+def _solved(iters: int, lower_bound: float, safety_factor: float, cushion: float) -> tuple[polar.Coefficients, ...]:
+    """The Polar Express's coefficients; a trace of the whole step takes them as they are."""
+    return polar_express.coefficients(iters, lower_bound, safety_factor, cushion)
 
 
 def per_slice(values: Tensor, like: Tensor) -> Tensor:

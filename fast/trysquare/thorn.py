@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trysquare import _assignment, _parameters
+from trysquare import _assignment, _backend, _parameters
 from trysquare._constraints import Constraint, DType, Flag, Integer, Number, Pair, Triples
 from trysquare._optimizer import Entry, Group
 from trysquare._release import Release
@@ -265,9 +265,8 @@ class THORN(Release):
 
     @property
     def _chosen(self) -> str:
-        if self.backend == "auto" and self._asked_to_compile:
-            return "compiled"
-        return super()._chosen
+        asked = self.backend == "auto" and self._asked_to_compile
+        return "compiled" if asked else _backend.choose(self.backend)
 
 
 def _asked_to_compile() -> bool:
