@@ -18,8 +18,12 @@ import trysquare_reference
 from trysquare_conformance import faults, registry
 from trysquare_conformance.lanes import LANES
 from trysquare_reference import dolphinflow as reference
+from trysquare_reference import dolphinflow8bit
 
 EXECUTION = ["nonfinite", "workspace_bytes", "backend"]
+INGREDIENTS = {"blockwise8bit"}
+"""What has cases of its own without being an algorithm."""
+
 TOLERANCES = {"atol", "rtol", "abs", "rel", "rel_tol", "abs_tol", "decimal", "significant"}
 
 
@@ -31,10 +35,10 @@ def public(package: ModuleType) -> set[str]:
 
 
 def test_reference_fast_and_cases_hold_the_same_algorithms() -> None:
-    algorithms = set(registry.ALGORITHMS)
+    algorithms = set(registry.ALGORITHMS) - INGREDIENTS
     assert algorithms == public(trysquare)
-    assert algorithms <= public(trysquare_reference)
-    assert {fault.algorithm for fault in faults.all_faults()} == algorithms
+    assert set(registry.ALGORITHMS) <= public(trysquare_reference)
+    assert {fault.algorithm for fault in faults.all_faults()} == set(registry.ALGORITHMS)
 
 
 def test_every_reference_page_has_its_tensor_functions_under_the_same_name() -> None:
@@ -43,7 +47,7 @@ def test_every_reference_page_has_its_tensor_functions_under_the_same_name() -> 
 
 def test_every_public_name_belongs_to_an_algorithm() -> None:
     owners = {getattr(trysquare, name).__module__.removeprefix("trysquare.") for name in trysquare.__all__}
-    assert owners == set(registry.ALGORITHMS)
+    assert owners == set(registry.ALGORITHMS) - INGREDIENTS
 
 
 def test_hyperparameters_agree_in_name_order_and_default() -> None:
@@ -54,6 +58,30 @@ def test_hyperparameters_agree_in_name_order_and_default() -> None:
     assert list(signature)[-len(EXECUTION) :] == EXECUTION
     keyword_only = [name for name, p in signature.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     assert keyword_only == ["project", "bias_correction", *EXECUTION]
+
+
+def test_the_8bit_version_has_the_same_arguments_but_two() -> None:
+    whole = inspect.signature(trysquare.DolphinFlow).parameters
+    signature = inspect.signature(trysquare.DolphinFlow8bit).parameters
+    assert list(signature) == [name for name in whole if name not in {"project", "bias_correction"}]
+    assert [p.default for p in signature.values()] == [whole[name].default for name in signature]
+    declared = {field.name: field.default for field in fields(dolphinflow8bit.Hyperparameters)}
+    assert declared == {name: signature[name].default for name in declared}
+    assert list(declared) == [name for name in signature if name not in {"params", *EXECUTION}]
+
+
+@pytest.mark.parametrize("size", [2, 64])
+@pytest.mark.parametrize("adaptive_lr", [True, False])
+def test_states_of_the_8bit_version_have_the_same_names_shapes_and_values(adaptive_lr: bool, size: int) -> None:
+    parameter = torch.nn.Parameter(torch.ones(size, size))
+    optimizer = trysquare.DolphinFlow8bit([parameter], adaptive_lr=adaptive_lr)
+    parameter.grad = torch.zeros(size, size)
+    optimizer.step()
+    declared = dolphinflow8bit.init(np.ones((size, size)), dolphinflow8bit.Hyperparameters(adaptive_lr=adaptive_lr))
+    state = optimizer.state[parameter]
+    assert list(state) == list(declared)
+    for name in list(declared)[1:]:
+        assert np.array_equal(state[name].numpy(), declared[name])
 
 
 @pytest.mark.parametrize("adaptive_lr", [True, False])
@@ -67,7 +95,7 @@ def test_states_have_the_same_names(adaptive_lr: bool) -> None:
 
 
 def test_every_backend_has_a_lane_and_every_lane_a_baseline() -> None:
-    assert {"eager", "compiled"} == {lane.backend for lane in LANES.values()}
+    assert {"eager", "compiled", "bitsandbytes"} == {lane.backend for lane in LANES.values()}
     assert [lane.name for lane in LANES.values()] == list(LANES)
     assert {lane.baseline.name for lane in LANES.values() if lane.baseline} == {"eager-cpu", "eager-cuda"}
 

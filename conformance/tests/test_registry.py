@@ -79,6 +79,22 @@ def test_every_constructor_argument_is_exercised() -> None:
     assert {"eager", "compiled"} <= {lane.backend for lane in LANES.values()}
 
 
+def test_every_constructor_argument_of_the_8bit_version_is_exercised() -> None:
+    arguments = set(inspect.signature(trysquare.DolphinFlow8bit).parameters) - {"params", "backend"}
+    cases = [case for case in STANDARD if case.algorithm == "dolphinflow8bit"]
+    values: dict[str, set[Any]] = {name: {case.hyperparameters[name] for case in cases} for name in arguments}
+    assert {name for name, seen in values.items() if len(seen) < 2} == set()
+    assert {case.inputs for case in cases} == set(inputs.KINDS)
+    assert {case.layout for case in cases} == set(inputs.LAYOUTS)
+
+
+def test_a_lane_runs_the_algorithms_that_have_its_backend() -> None:
+    chosen = {case.algorithm for case in registry.select("quick", (), "bitsandbytes-cpu")}
+    assert chosen == {"blockwise8bit", "dolphinflow8bit"}
+    everything = {case.algorithm for case in registry.select("quick", (), "eager-cpu")}
+    assert everything == set(registry.ALGORITHMS)
+
+
 def test_every_pair_of_levels_occurs() -> None:
     ordinary = {**dolphinflow.FORMULAS, **dolphinflow.NUMBERS}
     for factors in (ordinary, dolphinflow.HOSTILE):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from trysquare_conformance import originals
+
 COMPILER_CHECK_SECONDS = 60
 
 
@@ -65,6 +67,11 @@ class Lane:
     backend: str
     available: Callable[[], str | None]
     environment: tuple[tuple[str, str], ...] = ()
+    algorithms: tuple[str, ...] | None = None
+    """Those that have this backend; None: all."""
+
+    def runs(self, algorithm: str) -> bool:
+        return self.algorithms is None or algorithm in self.algorithms
 
     def holds(self, dtype: str) -> bool:
         """Whether the device has the format: Apple's GPUs have no float64."""
@@ -85,5 +92,12 @@ LANES: dict[str, Lane] = {
         Lane("compiled-cuda", "cuda", "compiled", _compiled_cuda),
         Lane("eager-mps", "mps", "eager", _accelerator("mps")),
         Lane("eager-xpu", "xpu", "eager", _accelerator("xpu")),
+        Lane(
+            "bitsandbytes-cpu",
+            "cpu",
+            "bitsandbytes",
+            originals.without_bitsandbytes,
+            algorithms=("blockwise8bit", "dolphinflow8bit"),
+        ),
     )
 }

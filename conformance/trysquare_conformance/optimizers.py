@@ -80,14 +80,20 @@ class OptimizerSubject(ABC):
         """Whether a step leaves every bit of the gradients; otherwise it must remove them all."""
         return True
 
-    def take_step(self, run: "FastRun", gradients: Sequence[torch.Tensor | None], loss: float | None) -> None:
+    def take_step(
+        self,
+        optimizer: BatchedOptimizer,
+        parameters: Sequence[torch.nn.Parameter],
+        gradients: Sequence[torch.Tensor | None],
+        loss: float | None,
+    ) -> None:
         """Let the fast optimizer step with these gradients."""
-        for parameter, gradient in zip(run.parameters, gradients, strict=True):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         if loss is None:
-            run.optimizer.step()
+            optimizer.step()
         else:
-            run.optimizer.step(lambda: loss)
+            optimizer.step(lambda: loss)
 
     def expected_view(self, case: Case, after: Snapshot) -> Outputs:  # noqa: ARG002  # most have none
         """What else can be seen after a step, by the reference."""
@@ -182,7 +188,7 @@ class OptimizerSubject(ABC):
         now = start
         for feed in feeds:
             now = self._as_kept(case, self._expected(case, now.wrapped(wrap), feed.wrapped(wrap)))
-        return outputs(start, now) | self.expected_view(case, now.wrapped(wrap))
+        return outputs(start, now) | self.expected_view(case, now)
 
     def _as_kept(self, case: Case, after: Snapshot) -> Snapshot:
         """In noisy arithmetic each of many steps ends with a rounding to storage, as the lane's; exact stays exact."""
@@ -245,6 +251,8 @@ class FastRun:
         """A count is 0-dimensional, float64 where the device has it; what fits is laid out as the parameter."""
         if not isinstance(value, np.ndarray):
             return torch.tensor(value, dtype=wide_dtype(parameter.device), device=parameter.device)
+        if value.dtype == np.uint8:
+            return torch.from_numpy(value.copy()).to(parameter.device)
         stored = to_tensor(value, self.subject.stored_as(self.case, name))
         if stored.shape != parameter.shape:
             return stored.to(parameter.device)
@@ -265,7 +273,7 @@ class FastRun:
     def _raises(self, feed: Feed, gradients: Sequence[torch.Tensor | None]) -> bool:
         """Steps. An exception is an answer only where one is called for."""
         try:
-            self.subject.take_step(self, gradients, feed.loss)
+            self.subject.take_step(self.optimizer, self.parameters, gradients, feed.loss)
         except (ArithmeticError, RuntimeError, ValueError):
             if not self.subject.refuses(self.case, feed):
                 raise

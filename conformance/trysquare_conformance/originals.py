@@ -1,13 +1,19 @@
-"""Loads the published package `dolphinflow` 0.2.0 beside our alias of the same name, to compare against it.
+"""Loads packages that we are compared with: `dolphinflow` 0.2.0, beside our alias of the same name, and bitsandbytes.
 
-The package lives in a folder of its own (`pip install --no-deps --target <folder> dolphinflow==0.2.0`), which the
-environment variable TRYSQUARE_ORACLES names. Nothing here is needed to use trysquare.
+They live in a folder of their own (`pip install --no-deps --target <folder> dolphinflow==0.2.0 bitsandbytes`), which
+the environment variable TRYSQUARE_ORACLES names (or several, separated as in PATH). Nobody needs them to use trysquare.
 """
 
+import importlib
+import importlib.machinery
 import importlib.util
+import logging
 import os
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,13 +21,21 @@ VARIABLE = "TRYSQUARE_ORACLES"
 VERSION = "0.2.0"
 
 
+def folders() -> list[Path]:
+    """Where the packages may be."""
+    return [Path(folder) for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder]
+
+
 def missing() -> str | None:
-    """Why the package cannot be loaded, or None."""
-    folder = os.environ.get(VARIABLE)
-    if not folder:
+    """Why the package dolphinflow cannot be loaded, or None."""
+    if not folders():
         return f"{VARIABLE} does not name a folder with dolphinflow {VERSION}"
-    found = (Path(folder) / f"dolphinflow-{VERSION}.dist-info").is_dir()
-    return None if found else f"{VARIABLE}={folder} holds no dolphinflow {VERSION}"
+    return None if _home() else f"{VARIABLE}={os.environ[VARIABLE]} holds no dolphinflow {VERSION}"
+
+
+def _home() -> Path | None:
+    found = (folder for folder in folders() if (folder / f"dolphinflow-{VERSION}.dist-info").is_dir())
+    return next(found, None)
 
 
 def dolphinflow() -> Callable[..., torch.optim.Optimizer]:
@@ -32,10 +46,10 @@ def dolphinflow() -> Callable[..., torch.optim.Optimizer]:
     Raises:
         ModuleNotFoundError: With the reason that `missing` gives.
     """
-    reason = missing()
-    if reason:
-        raise ModuleNotFoundError(reason)
-    path = Path(os.environ[VARIABLE]) / "dolphinflow" / "dolphinflow.py"
+    home = _home()
+    if home is None:
+        raise ModuleNotFoundError(missing())
+    path = home / "dolphinflow" / "dolphinflow.py"
     spec = importlib.util.spec_from_file_location("original_dolphinflow", path)
     if spec is None or spec.loader is None:
         raise ModuleNotFoundError(f"cannot load {path}")
@@ -43,3 +57,30 @@ def dolphinflow() -> Callable[..., torch.optim.Optimizer]:
     spec.loader.exec_module(module)
     original: Callable[..., torch.optim.Optimizer] = module.DolphinFlow
     return original
+
+
+def without_bitsandbytes() -> str | None:
+    """Why there is no bitsandbytes, or None; it is looked for among the installed packages first."""
+    found = importlib.machinery.PathFinder.find_spec("bitsandbytes", _search_path())
+    return None if found else f"bitsandbytes is neither installed nor in a folder that {VARIABLE} names"
+
+
+def _search_path() -> list[str]:
+    return [*sys.path, *map(str, folders())]
+
+
+def bitsandbytes() -> Any:
+    """The package bitsandbytes.
+
+    Raises:
+        ImportError: It is nowhere.
+    """
+    before = sys.path[:]
+    sys.path[:] = _search_path()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what else it could use is of no interest here
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it finds missing
+            return importlib.import_module("bitsandbytes")
+    finally:
+        sys.path[:] = before

@@ -48,13 +48,15 @@ def all_cases() -> Iterator[Case]:
 def select(tier: str, patterns: Iterable[str] = (), lane: str | None = None) -> list[Case]:
     """The cases of a tier (which includes the smaller ones) whose id matches one of the patterns, or all of them.
 
-    With a lane, less those that come in a later tier there, or whose dtype its device does not have.
+    With a lane, less those that come in a later tier there, whose algorithm lacks its backend, or its device the dtype.
     """
     if tier not in TIERS:
         raise ValueError(f"tier={tier!r}: must be one of {', '.join(TIERS)}")
     wanted, globs = TIERS[: TIERS.index(tier) + 1], list(patterns) or ["*"]
     chosen: list[Case] = []
     for subject in ALGORITHMS.values():
+        if lane is not None and not LANES[lane].runs(subject.algorithm):
+            continue
         of_tier = itertools.takewhile(lambda case: case.tier in wanted, subject.cases())
         chosen += [case for case in of_tier if case.tier_in(lane) in wanted and _matches(case.id, globs)]
     return [case for case in chosen if lane is None or LANES[lane].holds(case.dtype)]

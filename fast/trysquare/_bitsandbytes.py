@@ -61,12 +61,13 @@ def update_coded_(
     Not with its encoder: on a CPU that goes through a table of 65,536 bins, from which an exact 0 comes back as about
     2e-5 of its block's scale.
     """
-    m = _decoded(codes1, absmax1, qmap1)
-    v = None if codes2 is None or absmax2 is None or qmap2 is None else _decoded(codes2, absmax2, qmap2)
+    m = decoded(codes1, absmax1, qmap1)
+    v = None if codes2 is None or absmax2 is None or qmap2 is None else decoded(codes2, absmax2, qmap2)
     ops.update_decoded_(theta, gradient, m, v, codes1, absmax1, bounds1, codes2, absmax2, bounds2, *rest)
 
 
-def _decoded(codes: Tensor, absmax: Tensor, qmap: Tensor) -> Tensor:
+def decoded(codes: Tensor, absmax: Tensor, qmap: Tensor) -> Tensor:
+    """What codes stand for, by the kernel of that package."""
     decode = torch.ops.bitsandbytes.dequantize_blockwise
     values: Tensor = decode(codes, absmax, qmap, blockwise8bit.BLOCK, torch.float32)
     return values

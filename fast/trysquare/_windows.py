@@ -11,7 +11,7 @@ from torch import Tensor
 from trysquare._batches import rows_and_columns
 
 LEAST = 2
-"""Blocks of a window, filled up with zeros: torch.compile makes a special case of every size of 1."""
+"""Blocks of a window at least, filled up if need be: torch.compile makes a special case of every size of 1."""
 
 
 class Span(NamedTuple):
@@ -24,17 +24,23 @@ class Span(NamedTuple):
 class Window:
     """A span of a tensor as (K, width), or (K,) for a width of 1: a view where the memory allows, else a copy.
 
+    Args:
+        tensor: Of any shape and layout.
+        span: Which of its entries.
+        width: Entries of a block.
+        filler: What stands behind the end of the last block.
+
     Attributes:
         values: What is read and, before `store`, written.
     """
 
-    def __init__(self, tensor: Tensor, span: Span, width: int) -> None:
+    def __init__(self, tensor: Tensor, span: Span, width: int, filler: int = 0) -> None:
         entries, self._rows = _entries(tensor, span)
         self._entries = entries
         blocks = max(LEAST, -(-entries.numel() // width))
         self._filled = blocks * width != entries.numel()
         if self._filled:
-            entries = torch.cat([entries, entries.new_zeros(blocks * width - entries.numel())])
+            entries = torch.cat([entries, entries.new_full((blocks * width - entries.numel(),), filler)])
         self.values = entries.view(blocks, width) if width > 1 else entries
 
     def store(self) -> None:

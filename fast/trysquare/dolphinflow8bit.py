@@ -25,6 +25,9 @@ SCRATCH = 12
 SNAPSHOT_BYTES = 8
 """What a copy of parameter and codes takes for an element, if a step may have to be taken back."""
 
+ZEROS = (blockwise8bit.SIGNED_ZERO, blockwise8bit.UNSIGNED_ZERO)
+"""The code of 0 of each moment, which fills up a block that ends early."""
+
 
 class Cut(NamedTuple):
     """What is the same for all windows of a parameter."""
@@ -159,7 +162,7 @@ class DolphinFlow8bit(LossAware):
         state = super()._new_state(group, parameter)
         for i in range(1, _moments(group) + 1) if _coded_state.is_coded(parameter) else ():
             state[f"qmap{i}"] = self._map(i, parameter.device)
-            state[f"state{i}"].fill_(blockwise8bit.SIGNED_ZERO if i == 1 else blockwise8bit.UNSIGNED_ZERO)
+            state[f"state{i}"].fill_(ZEROS[i - 1])
         return state
 
     def _map(self, i: int, device: torch.device) -> Tensor:
@@ -278,8 +281,8 @@ class DolphinFlow8bit(LossAware):
         size = blockwise8bit.BLOCK
         blocks = Span(span.start // size, -(-span.stop // size))
         written = [Window(theta, span, size)]
-        for codes, absmax in held:
-            written += [Window(codes, span, size), Window(absmax, blocks, 1)]
+        for (codes, absmax), zero in zip(held, ZEROS, strict=False):
+            written += [Window(codes, span, size, zero), Window(absmax, blocks, 1)]
         values = [window.values for window in written]
         before = [] if cut.finite is None else [value.clone() for value in values]
         first = *values[1:3], *maps[0]
@@ -310,8 +313,10 @@ class DolphinFlow8bit(LossAware):
         return found[2]
 
     def _numbers(self, group: Group, dtype: torch.dtype) -> list[Any]:
-        named = [group[name] for name in ("weight_decay", "momentum", "beta2", "eps")]
-        return _backend.scalars(self._chosen, [rate(group), *named], dtype)
+        """As the updates take them: η, λ, β₁ and what the gradient adds to m, β₂ and what its square adds to v, ε."""
+        beta1, beta2 = group["momentum"], group["beta2"]
+        betas = [beta1, 1 - beta1 if group["adaptive_lr"] else 1.0, beta2, 1 - beta2]
+        return _backend.scalars(self._chosen, [rate(group), group["weight_decay"], *betas, group["eps"]], dtype)
 
     # Checkpoints
 

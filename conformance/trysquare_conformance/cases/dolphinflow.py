@@ -215,6 +215,8 @@ class DolphinFlowSubject(OptimizerSubject):
     """DolphinFlow: its reference page and its class."""
 
     algorithm = "dolphinflow"
+    page: Any = dolphinflow
+    optimizer: Any = DolphinFlow
 
     def cases(self) -> Iterable[Case]:
         seen: set[str] = set()
@@ -230,17 +232,18 @@ class DolphinFlowSubject(OptimizerSubject):
         if arguments.pop("tensor_lr"):
             arguments["lr"] = torch.tensor(arguments["lr"], device=lane.device)
         groups = [{"params": parameters[::2]}, {"params": parameters[1::2], **overrides}] if overrides else parameters
-        return DolphinFlow(groups, **arguments, backend=lane.backend)
+        made: BatchedOptimizer = self.optimizer(groups, **arguments, backend=lane.backend)
+        return made
 
     def begin(self, case: Case, parameters: Sequence[Array]) -> Snapshot:
-        rules = _hyperparameters(case)
-        states = tuple(dolphinflow.init(p, rules[i % len(rules)]) for i, p in enumerate(parameters))
+        rules = self.hyperparameters(case)
+        states = tuple(self.page.init(p, rules[i % len(rules)]) for i, p in enumerate(parameters))
         shared = _to_shared([LossSchedule() for _ in rules]) if rules[0].loss_aware_schedule else {}
         return Snapshot(tuple(parameters), states, shared)
 
     def advance(self, case: Case, before: Snapshot, feed: Feed) -> Snapshot:
         """Clipping is over all groups at once, so it comes first; a group is then stepped without it."""
-        rules = _hyperparameters(case)
+        rules = self.hyperparameters(case)
         schedules = _schedules(before, rules, feed)
         present = [i for i, g in enumerate(feed.gradients) if g is not None]
         s = clipping.clip_scale([g for g in feed.gradients if g is not None], rules[0].gradient_clipping)
@@ -248,7 +251,7 @@ class DolphinFlowSubject(OptimizerSubject):
         for group, (hp, schedule) in enumerate(zip(rules, schedules, strict=True)):
             members = [i for i in present if i % len(rules) == group]
             gradients = [s * g for i in members if (g := feed.gradients[i]) is not None]
-            stepped = dolphinflow.step(
+            stepped = self.page.step(
                 [parameters[i] for i in members],
                 gradients,
                 [states[i] for i in members],
@@ -259,6 +262,15 @@ class DolphinFlowSubject(OptimizerSubject):
                 parameters[i], states[i] = theta, state
         shared = _to_shared(schedules) if rules[0].loss_aware_schedule else {}
         return Snapshot(tuple(parameters), tuple(states), shared)
+
+    def hyperparameters(self, case: Case) -> list[Any]:
+        """What the reference is given, a group."""
+        kind, settings = self.page.Hyperparameters, case.hyperparameters
+        names = {field.name for field in fields(kind)}
+        first = kind(**{name: value for name, value in settings.items() if name in names})
+        if settings["tensor_lr"]:
+            first = replace(first, lr=torch.tensor(first.lr).item())
+        return [first, replace(first, **dict(settings["second_group"]))] if settings["second_group"] else [first]
 
     def stored_as(self, case: Case, name: str) -> str:  # noqa: ARG002  # momentum and second moment alike
         return "float64" if case.dtype == "float64" else "float32"
@@ -279,16 +291,6 @@ class DolphinFlowSubject(OptimizerSubject):
     def read_shared(self, optimizer: BatchedOptimizer) -> dict[str, float]:
         groups = [group for group in optimizer.param_groups if group["loss_aware_schedule"]]
         return _to_shared([LossSchedule(g["loss_ema"], g["stall_count"], g["loss_lr_scale"]) for g in groups])
-
-
-def _hyperparameters(case: Case) -> list[dolphinflow.Hyperparameters]:
-    """What the reference is given, a group."""
-    names = {field.name for field in fields(dolphinflow.Hyperparameters)}
-    settings = case.hyperparameters
-    first = dolphinflow.Hyperparameters(**{name: value for name, value in settings.items() if name in names})
-    if settings["tensor_lr"]:
-        first = replace(first, lr=torch.tensor(first.lr).item())
-    return [first, replace(first, **dict(settings["second_group"]))] if settings["second_group"] else [first]
 
 
 def _schedules(before: Snapshot, rules: Sequence[dolphinflow.Hyperparameters], feed: Feed) -> list[LossSchedule]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trysquare.ops import blockwise8bit, decay, moments, polar, projection
-from trysquare.ops._scalar import Scalar, add_scaled_
+from trysquare.ops._scalar import Scalar, add_scaled_, add_scaled_square_
 from trysquare.ops.dolphinflow import clipped
 
 
@@ -23,9 +23,14 @@ def direction(theta: Tensor, gradient: Tensor, scale: Tensor | None, coefficient
     return projection.subtract_(g.clone() if g is gradient else g, theta, coefficient)
 
 
-def first_moment_(m: Tensor, g: Tensor, momentum: Scalar, average: bool) -> Tensor:
-    """m ← β₁m + (1 − β₁)g, or without averaging β₁m + g."""
-    return add_scaled_(m.mul_(momentum), g, 1 - momentum) if average else m.mul_(momentum).add_(g)
+def average_(m: Tensor, g: Tensor, beta: Scalar, rest: Scalar) -> Tensor:
+    """m ← β·m + rest·g. The rest is 1 − β, or 1; the difference of two float32 would miss it by several roundings."""
+    return add_scaled_(m.mul_(beta), g, rest)
+
+
+def average_square_(v: Tensor, g: Tensor, beta: Scalar, rest: Scalar) -> Tensor:
+    """v ← β·v + rest·g²."""
+    return add_scaled_square_(v.mul_(beta), g, rest)
 
 
 def move_(
@@ -55,15 +60,17 @@ def update_(
     coefficient: Tensor | None,
     lr: Scalar,
     weight_decay: Scalar,
-    momentum: Scalar,
+    beta1: Scalar,
+    rest1: Scalar,
     beta2: Scalar,
+    rest2: Scalar,
     eps: Scalar,
 ) -> None:
     """Steps ``theta`` and its moments, which are kept as they are, in place; all (B, R, C), corrections (B, 1, 1)."""
     wide = theta.to(state1.dtype)
     g = direction(wide, gradient, scale, coefficient)
-    m = first_moment_(state1, g, momentum, state2 is not None)
-    v = None if state2 is None else moments.second_moment_(state2, g, beta2)
+    m = average_(state1, g, beta1, rest1)
+    v = None if state2 is None else average_square_(state2, g, beta2, rest2)
     move_(wide, m, v, correction1, correction2, lr, weight_decay, eps)
     if wide is not theta:
         theta.copy_(wide)
@@ -86,8 +93,10 @@ def update_coded_(
     coefficient: Tensor | None,
     lr: Scalar,
     weight_decay: Scalar,
-    momentum: Scalar,
+    beta1: Scalar,
+    rest1: Scalar,
     beta2: Scalar,
+    rest2: Scalar,
     eps: Scalar,
 ) -> None:
     """Steps ``theta`` and its coded moments in place; θ, gradient and codes are (K, 256), scales (K,).
@@ -99,7 +108,7 @@ def update_coded_(
     if codes2 is not None and absmax2 is not None and qmap2 is not None:
         v = blockwise8bit.dequantize(codes2, absmax2, qmap2)
     places = codes1, absmax1, bounds1, codes2, absmax2, bounds2
-    numbers = lr, weight_decay, momentum, beta2, eps
+    numbers = lr, weight_decay, beta1, rest1, beta2, rest2, eps
     update_decoded_(theta, gradient, m, v, *places, correction1, correction2, scale, coefficient, *numbers)
 
 
@@ -120,16 +129,18 @@ def update_decoded_(
     coefficient: Tensor | None,
     lr: Scalar,
     weight_decay: Scalar,
-    momentum: Scalar,
+    beta1: Scalar,
+    rest1: Scalar,
     beta2: Scalar,
+    rest2: Scalar,
     eps: Scalar,
 ) -> None:
     """The same with the moments as float32, which it may write into, beside the places of their codes."""
     wide = theta.float()
     g = direction(wide, gradient, scale, coefficient)
-    m = first_moment_(m, g, momentum, v is not None)
+    m = average_(m, g, beta1, rest1)
     if v is not None and codes2 is not None and absmax2 is not None and bounds2 is not None:
-        v = moments.second_moment_(v, g, beta2)
+        v = average_square_(v, g, beta2, rest2)
         write_(codes2, absmax2, *blockwise8bit.quantize_unsigned(v, bounds2))
     move_(wide, m, v, correction1, correction2, lr, weight_decay, eps)
     if wide is not theta:
