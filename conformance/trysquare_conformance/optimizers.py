@@ -80,20 +80,14 @@ class OptimizerSubject(ABC):
         """Whether a step leaves every bit of the gradients; otherwise it must remove them all."""
         return True
 
-    def take_step(
-        self,
-        optimizer: BatchedOptimizer,
-        parameters: Sequence[torch.nn.Parameter],
-        gradients: Sequence[torch.Tensor | None],
-        loss: float | None,
-    ) -> None:
+    def take_step(self, run: "FastRun", gradients: Sequence[torch.Tensor | None], loss: float | None) -> None:
         """Let the fast optimizer step with these gradients."""
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        for parameter, gradient in zip(run.parameters, gradients, strict=True):
             parameter.grad = gradient
         if loss is None:
-            optimizer.step()
+            run.optimizer.step()
         else:
-            optimizer.step(lambda: loss)
+            run.optimizer.step(lambda: loss)
 
     def expected_view(self, case: Case, after: Snapshot) -> Outputs:  # noqa: ARG002  # most have none
         """What else can be seen after a step, by the reference."""
@@ -188,7 +182,7 @@ class OptimizerSubject(ABC):
         now = start
         for feed in feeds:
             now = self._as_kept(case, self._expected(case, now.wrapped(wrap), feed.wrapped(wrap)))
-        return outputs(start, now) | self.expected_view(case, now)
+        return outputs(start, now) | self.expected_view(case, now.wrapped(wrap))
 
     def _as_kept(self, case: Case, after: Snapshot) -> Snapshot:
         """In noisy arithmetic each of many steps ends with a rounding to storage, as the lane's; exact stays exact."""
@@ -273,7 +267,7 @@ class FastRun:
     def _raises(self, feed: Feed, gradients: Sequence[torch.Tensor | None]) -> bool:
         """Steps. An exception is an answer only where one is called for."""
         try:
-            self.subject.take_step(self.optimizer, self.parameters, gradients, feed.loss)
+            self.subject.take_step(self, gradients, feed.loss)
         except (ArithmeticError, RuntimeError, ValueError):
             if not self.subject.refuses(self.case, feed):
                 raise
