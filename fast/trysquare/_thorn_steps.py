@@ -50,7 +50,7 @@ class Steps(Averaging):
             rows = None if row_states is None else _Rows(row_states[piece.members], shape, finite)
             gradient, theta, momentum_buffer = (operand.view(-1, *shape[-2:]) for operand in piece.operands)
             each = theta.shape[0] // len(batch.parameters[piece.members])
-            rate = per_slice(rates[piece.members].repeat_interleave(each), theta)
+            rate = per_slice(rates[piece.members].repeat_interleave(each), momentum_buffer)
             operands = theta, gradient, momentum_buffer, None if rows is None else rows.stacked, rate
             self._run(ops.orthogonalized_, *operands, momentum, weight_decay, eps, beta2, rule)
             piece.restore(before, finite)
