@@ -1,12 +1,9 @@
 """Every argument that no step could honour is refused, by name, with its value and what is allowed; nothing changes.
 
-The values are made from the declared constraints, so a new hyperparameter or a wider interval brings its own. What is
-wrong with parameters is in `test_bad_tensors`, with gradients and closures in `test_bad_steps`, with checkpoints in
-`test_bad_state_dicts`.
+The values come from `bad_values`. What is wrong with parameters is in `test_bad_tensors`, with gradients and closures in
+`test_bad_steps`, with checkpoints in `test_bad_state_dicts`.
 """
 
-import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,164 +11,128 @@ from typing import Any
 import pytest
 import torch
 
-from trysquare import DolphinFlow, _constraints
-from trysquare._constraints import Choice, Constraint, Flag, Integer, Number
+from trysquare import THORN, DolphinFlow
+from trysquare._optimizer import BatchedOptimizer
+from trysquare_conformance.bad_values import EXECUTION, Argument, from_constraints, read_only_once
 from trysquare_conformance.behaviour import all_parameters, bits, held, nothing_changes, parameters, run
-
-NAN, INF = math.nan, math.inf
-
-
-def bad_numbers(number: Number) -> Iterator[Any]:
-    """Outside the interval, not finite, and what only looks like a float."""
-    yield from (NAN, INF, -INF, -0.5, -1e-300, True, False, "0.1", [0.1], (0.1,), 0.1j, torch.tensor([0.1]))
-    yield from [] if number.none else [None]
-    yield from [number.low] if number.low_open else []
-    yield from [] if number.high == INF else [number.high, int(number.high), number.high + 0.5]
-    yield from bad_tensors() if number.tensor else [torch.tensor(0.1)]
-
-
-def bad_tensors() -> Iterator[torch.Tensor]:
-    """For a hyperparameter that may be a tensor: those whose shape, dtype or device say that they cannot be one."""
-    yield from (torch.tensor([[0.1]]), torch.tensor(1), torch.tensor(True), torch.tensor(0.1j))
-    yield torch.tensor(0.1, device="meta")
-
-
-def bad_integers(integer: Integer) -> Iterator[Any]:
-    yield from (integer.low - 1, -integer.low - 1, True, float(integer.low), NAN, INF, str(integer.low), None)
-    yield torch.tensor(integer.low)
-
-
-def bad_flags(_: Flag) -> Iterator[Any]:
-    yield from (0, 1, None, "True", 1.0, [], torch.tensor(True))
-
-
-def bad_choices(choice: Choice) -> Iterator[Any]:
-    yield from ("nonsense", "", 0, True, 1.5, choice.options, {"vector"}, torch.tensor(0))
-    yield from [str(option).upper() for option in choice.options]
-    yield from [] if None in choice.options else [None]
-
-
-BAD: dict[type, Callable[[Any], Iterator[Any]]] = {
-    Number: bad_numbers,
-    Integer: bad_integers,
-    Flag: bad_flags,
-    Choice: bad_choices,
-}
 
 
 @dataclass(frozen=True)
-class Argument:
-    """A value that an argument must not have, and what the message must say is allowed."""
+class Subject:
+    """An optimizer, and what its groups must say beside their parameters."""
 
-    name: str
-    value: Any
-    words: str
+    make: type[BatchedOptimizer]
+    said: dict[str, Any]
 
-    def __str__(self) -> str:
-        shown = f"{type(self.value).__name__}-{self.value}" if self.value != "" else "empty"
-        return re.sub(r"\s+", " ", f"{self.name}={shown}")
+    def of(self, params: Any, **settings: Any) -> Any:
+        """One group."""
+        return self.make([{"params": params, **self.said}], **settings)  # type: ignore[call-arg]
 
-    def is_named_by(self, error: pytest.ExceptionInfo[Exception]) -> None:
-        """Assert that a message tells argument, value and what is allowed."""
-        said = str(error.value)
-        assert f"{self.name}={self.value!r}" in said
-        assert self.words in said
-
-
-def from_constraints(constraints: Any) -> list[Argument]:
-    def values(constraint: Constraint) -> Iterator[Any]:
-        return BAD[type(constraint)](constraint)
-
-    return [Argument(name, value, c.words) for name, c in constraints.items() for value in values(c)]
+    def stepped(self, **settings: Any) -> Any:
+        """An optimizer of two groups after two steps."""
+        first, *rest = parameters()
+        groups = [{"params": rest, **self.said}, {"params": [first], "lr": 1e-3, **self.said}]
+        optimizer = self.make(groups, **settings)  # type: ignore[call-arg]
+        run(optimizer, 2)
+        return optimizer
 
 
-def read_only_once() -> list[Argument]:
-    """Tensors whose shape, dtype and device are right: their value is read at construction and load, not in a step."""
-    tensors = {name: c for name, c in DolphinFlow._constraints.items() if isinstance(c, Number) and c.tensor}
-    return [
-        Argument(name, torch.tensor(value), c.words) for name, c in tensors.items() for value in (-0.1, NAN, INF, -INF)
-    ]
-
-
-WORKSPACE = [Argument("workspace_bytes", v, "None or an int >= 1") for v in (0, -1, True, 1.5, "1", NAN, [1], 1e6)]
-EXECUTION = [*from_constraints(_constraints.EXECUTION), *WORKSPACE]
-IN_STEP = from_constraints(DolphinFlow._constraints)
-HYPERPARAMETERS = [*IN_STEP, *read_only_once()]
+SUBJECTS = {"DolphinFlow": Subject(DolphinFlow, {}), "THORN": Subject(THORN, {"orthogonalize": False})}
+IN_STEP = {name: from_constraints(subject.make._constraints) for name, subject in SUBJECTS.items()}
+HYPERPARAMETERS = {
+    name: [*IN_STEP[name], *read_only_once(subject.make._constraints)] for name, subject in SUBJECTS.items()
+}
 GLOBAL = sorted(DolphinFlow._global)
 
 
-def test_there_are_at_least_sixty() -> None:
-    assert len({str(argument) for argument in [*HYPERPARAMETERS, *EXECUTION]}) >= 60
-    assert {a.name for a in HYPERPARAMETERS} == set(DolphinFlow._constraints)
+def each(arguments: dict[str, list[Argument]]) -> list[Any]:
+    """Parameters of a test: an optimizer's name, and an argument that it refuses."""
+    return [pytest.param(name, a, id=f"{name}-{a}") for name, own in arguments.items() for a in own]
 
 
 def stepped(**settings: Any) -> DolphinFlow:
-    """An optimizer of two groups after two steps."""
-    first, *rest = parameters()
-    optimizer = DolphinFlow([{"params": rest}, {"params": [first], "lr": 1e-3}], **settings)
-    run(optimizer, 2)
+    optimizer: DolphinFlow = SUBJECTS["DolphinFlow"].stepped(**settings)
     return optimizer
 
 
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_there_are_at_least_sixty(name: str) -> None:
+    assert len({str(argument) for argument in [*HYPERPARAMETERS[name], *EXECUTION]}) >= 60
+    assert {a.name for a in HYPERPARAMETERS[name]} == set(SUBJECTS[name].make._constraints)
+
+
 @pytest.fixture(scope="module")
-def optimizer() -> Iterator[DolphinFlow]:
-    """One for all refusals: if any of them changed it, the test of that one says so; and it still works at the end."""
-    shared = stepped()
-    yield shared
-    still_works(shared)
+def shared() -> Iterator[dict[str, Any]]:
+    """One of each for all refusals: a test says so if its own changed it; and it still works at the end."""
+    optimizers = {name: subject.stepped() for name, subject in SUBJECTS.items()}
+    yield optimizers
+    for optimizer in optimizers.values():
+        still_works(optimizer)
 
 
-def still_works(optimizer: DolphinFlow) -> None:
-    before = [bits(p) for p in all_parameters(optimizer) if p.numel()]
+@pytest.fixture
+def optimizer(shared: dict[str, Any]) -> Any:
+    return shared["DolphinFlow"]
+
+
+def still_works(optimizer: torch.optim.Optimizer) -> None:
+    full = [p for p in all_parameters(optimizer) if p.numel()]
+    before = [bits(p) for p in full]
     run(optimizer, 1, first=2)
-    after = [bits(p) for p in all_parameters(optimizer) if p.numel()]
-    assert all(old != new for old, new in zip(before, after, strict=True))
+    assert all(old != bits(p) for old, p in zip(before, full, strict=True))
 
 
-@pytest.mark.parametrize("argument", [*HYPERPARAMETERS, *EXECUTION], ids=str)
-def test_a_bad_argument_is_refused(argument: Argument) -> None:
+def given_to_the_constructor(name: str) -> list[Argument]:
+    required = SUBJECTS[name].make._required
+    return [a for a in [*HYPERPARAMETERS[name], *EXECUTION] if a.name not in required]
+
+
+@pytest.mark.parametrize(("name", "argument"), each({name: given_to_the_constructor(name) for name in SUBJECTS}))
+def test_a_bad_argument_is_refused(name: str, argument: Argument) -> None:
     params = parameters()
     before = held(params)
     with pytest.raises(ValueError, match=argument.name) as error:
-        DolphinFlow(params, **{argument.name: argument.value})
-    argument.is_named_by(error)
+        SUBJECTS[name].of(params, **{argument.name: argument.value})
+    assert argument.is_named_in(str(error.value))
     assert held(params) == before
-    still_works(DolphinFlow(params))
+    still_works(SUBJECTS[name].of(params))
 
 
-@pytest.mark.parametrize("argument", HYPERPARAMETERS, ids=str)
-def test_a_bad_group_is_refused(optimizer: DolphinFlow, argument: Argument) -> None:
-    params = parameters([(2, 2)])
-    group = {"params": params, argument.name: argument.value}
-    before = held(params)
+@pytest.mark.parametrize(("name", "argument"), each(HYPERPARAMETERS))
+def test_a_bad_group_is_refused(shared: dict[str, Any], name: str, argument: Argument) -> None:
+    params, optimizer = parameters([(2, 2)]), shared[name]
+    group = {"params": params, **SUBJECTS[name].said, argument.name: argument.value}
+    keys, before = list(group), held(params)
     with nothing_changes(optimizer), pytest.raises(ValueError, match="group 2") as error:
         optimizer.add_param_group(group)
-    argument.is_named_by(error)
+    assert argument.is_named_in(str(error.value))
     assert held(params) == before
-    assert list(group) == ["params", argument.name]
+    assert list(group) == keys
 
 
-@pytest.mark.parametrize("argument", IN_STEP, ids=str)
+@pytest.mark.parametrize(("name", "argument"), each(IN_STEP))
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_bad_edit_is_refused_by_the_next_step(optimizer: DolphinFlow, argument: Argument, index: int) -> None:
-    group = optimizer.param_groups[index]
+def test_a_bad_edit_is_refused_by_the_next_step(
+    shared: dict[str, Any], name: str, argument: Argument, index: int
+) -> None:
+    group = shared[name].param_groups[index]
     good = group[argument.name]
     group[argument.name] = argument.value
     try:
-        with nothing_changes(optimizer), pytest.raises(ValueError, match=f"group {index}") as error:
-            optimizer.step()
+        with nothing_changes(shared[name]), pytest.raises(ValueError, match=f"group {index}") as error:
+            shared[name].step()
     finally:
         group[argument.name] = good
-    argument.is_named_by(error)
+    assert argument.is_named_in(str(error.value))
 
 
-@pytest.mark.parametrize("argument", HYPERPARAMETERS, ids=str)
-def test_a_bad_value_in_a_checkpoint_is_refused(optimizer: DolphinFlow, argument: Argument) -> None:
-    saved = optimizer.state_dict()
+@pytest.mark.parametrize(("name", "argument"), each(HYPERPARAMETERS))
+def test_a_bad_value_in_a_checkpoint_is_refused(shared: dict[str, Any], name: str, argument: Argument) -> None:
+    saved = shared[name].state_dict()
     saved["param_groups"][1][argument.name] = argument.value
-    with nothing_changes(optimizer), pytest.raises(ValueError, match="state_dict: group 1") as error:
-        optimizer.load_state_dict(saved)
-    argument.is_named_by(error)
+    with nothing_changes(shared[name]), pytest.raises(ValueError, match="state_dict: group 1") as error:
+        shared[name].load_state_dict(saved)
+    assert argument.is_named_in(str(error.value))
 
 
 # Keys of groups
