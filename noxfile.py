@@ -23,7 +23,9 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 SUPPORTED = PROJECT["tool"]["trysquare"]["torch"]
 TORCH = os.environ.get("TRYSQUARE_TORCH", SUPPORTED["default"])
 SOURCES = ("reference", "fast", "conformance")
-ORIGINAL = "dolphinflow==0.2.0"  # the oracle; it has the alias module's import name, hence a folder of its own
+# What tests compare against. The one has the alias module's import name, the other must not fetch a torch of its own:
+# both go into a folder of their own, without what they depend on.
+ORACLES = {"dolphinflow": "dolphinflow==0.2.0", "bitsandbytes": "bitsandbytes==0.50.2"}
 REPORTS = Path("reports")
 SCRIPTS = "Scripts" if os.name == "nt" else "bin"
 
@@ -81,12 +83,13 @@ def install_pinned(session: nox.Session, torch: str, *requirements: str) -> None
     session.install("--quiet", *requirements)
 
 
-def original(session: nox.Session) -> str:
-    """A folder with the published ``dolphinflow`` 0.2.0, for the tests that compare against it."""
+def oracles(session: nox.Session) -> str:
+    """A folder with the packages that the tests compare against."""
     folder = ROOT / ".nox" / "oracles"
-    if not (folder / "dolphinflow").exists():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), ORIGINAL]
-        session.run(*pip, external=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+    for name, requirement in ORACLES.items():
+        if not (folder / name).exists():
+            session.run(*pip, requirement, external=True)
     return str(folder)
 
 
@@ -130,8 +133,9 @@ def tests(session: nox.Session) -> None:
     """The standard tier of the conformance suite and its planted faults, written to reports/, then the pytest suite."""
     house = House(session, "verify", groups=("test",))
     if not session.posargs:
-        house.run("trysquare", "verify", "--tier", "standard", "--faults", *files("conformance"))
-    house.run("pytest", *session.posargs, TRYSQUARE_ORACLES=original(session))
+        verify = ["verify", "--tier", "standard", "--faults", *files("conformance")]
+        house.run("trysquare", *verify, TRYSQUARE_ORACLES=oracles(session))
+    house.run("pytest", *session.posargs, TRYSQUARE_ORACLES=oracles(session))
 
 
 @nox.session(reuse_venv=True)
@@ -139,7 +143,7 @@ def tests(session: nox.Session) -> None:
 def torch(session: nox.Session, version: str) -> None:
     """The pytest suite on a real install of the oldest supported and of the default torch."""
     install_pinned(session, version, "-e", ".[verify]", *nox.project.dependency_groups(PROJECT, "test"))
-    session.run("python", "-m", "pytest", *session.posargs, env={"TRYSQUARE_ORACLES": original(session)})
+    session.run("python", "-m", "pytest", *session.posargs, env={"TRYSQUARE_ORACLES": oracles(session)})
 
 
 @nox.session(reuse_venv=True)
@@ -174,7 +178,7 @@ def refuse_without_extra(session: nox.Session, command: str) -> None:
 def bench(session: nox.Session) -> None:
     """The speed tables: everything side by side in one run, medians. Slow, and never part of the tests."""
     house = House(session, "verify", groups=("test",))
-    house.run("python", "-m", "benchmarks", *session.posargs, TRYSQUARE_ORACLES=original(session))
+    house.run("python", "-m", "benchmarks", *session.posargs, TRYSQUARE_ORACLES=oracles(session))
 
 
 @nox.session(venv_backend="none")
