@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 BACKENDS = ("auto", "eager", "compiled", "triton")
+
+TOGETHER = 4
+"""Sets of arguments that share one call of a compiled update, at most."""
 
 calls: Counter[tuple[str, str]] = Counter()
 """How often each (backend, function) ran outside a trace: the witness that a backend was really used."""
@@ -36,8 +39,27 @@ def run(backend: str, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     calls[backend, function.__name__] += 1
     if backend == "compiled":
-        return _compiled(function, *[_seen(arg) for arg in args])(*[_detached(arg) for arg in args])
+        return _compiled(function, 1, len(args), *[_seen(arg) for arg in args])(*[_detached(arg) for arg in args])
     return function(*args)
+
+
+def run_each(backend: str, function: Callable[..., Any], each: Sequence[Sequence[Any]], *shared: Any) -> list[Any]:
+    """Call an update on several sets of arguments of the same kinds, and shared ones behind them.
+
+    Compiled, sets of the same shapes go four, two or one at a time: most of what a call costs on a CPU is the way into
+    the graph, which they then go together.
+    """
+    if torch.compiler.is_compiling() or backend != "compiled":
+        return [run(backend, function, *own, *shared) for own in each]
+    results: list[Any] = []
+    while len(results) < len(each):
+        count = 1 << (min(TOGETHER, len(each) - len(results)).bit_length() - 1)
+        sets = each[len(results) : len(results) + count]
+        args = [arg for own in sets for arg in own] + list(shared)
+        calls[backend, function.__name__] += count
+        found = _compiled(function, count, len(sets[0]), *map(_seen, args))(*map(_detached, args))
+        results += found if count > 1 else [found]
+    return results
 
 
 def _seen(arg: Any) -> Any:
@@ -61,22 +83,30 @@ def _detached(arg: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _compiled(function: Callable[..., Any], *seen: Any) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], count: int, own: int, *seen: Any) -> Callable[..., Any]:
     """The compilation for arguments like these, found by their shapes: a step asks for the same few every time."""
-    return _compiled_once(function, *map(_static, seen))
+    return _compiled_once(function, count, own, *map(_static, seen))
 
 
 @functools.cache
-def _compiled_once(function: Callable[..., Any], *static: Any) -> Callable[..., Any]:
-    """``function`` compiled for dynamic shapes, with a code object of its own.
+def _compiled_once(function: Callable[..., Any], count: int, own: int, *static: Any) -> Callable[..., Any]:
+    """``function``, on ``count`` sets of ``own`` arguments at once, compiled for dynamic shapes.
 
-    torch.compile keeps its compilations by code object and stops compiling one after a handful; with one for every
-    rule and dtype a program with many kinds of groups still runs what it asked for.
+    It has a code object of its own: torch.compile keeps its compilations by code object and stops compiling one after a
+    handful; with one for every rule and dtype a program with many kinds of groups still runs what it asked for.
     """
-    own = types.FunctionType(
-        function.__code__.replace(co_name=f"{function.__name__}_{abs(hash(static)):x}"), function.__globals__
-    )
-    return torch.compile(own, dynamic=True, fullgraph=True)
+    whole = function if count == 1 else _several(function, count, own)
+    code = whole.__code__.replace(co_name=f"{function.__name__}_{abs(hash((count, own, static))):x}")
+    renamed = types.FunctionType(code, whole.__globals__, closure=whole.__closure__)
+    return torch.compile(renamed, dynamic=True, fullgraph=True)
+
+
+def _several(function: Callable[..., Any], count: int, own: int) -> Callable[..., Any]:
+    def several(*args: Any) -> list[Any]:
+        shared = args[count * own :]
+        return [function(*args[first * own : (first + 1) * own], *shared) for first in range(count)]
+
+    return several
 
 
 def forget_compilations() -> None:

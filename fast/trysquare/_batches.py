@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -91,6 +91,22 @@ def pieces(operands: Sequence[list[Tensor]], workspace: int, split: Split, snaps
     for start in range(0, count, together):
         members = slice(start, min(start + together, count))
         yield _stack([operand[members] for operand in operands], members)
+
+
+def together(pieces: Iterable[Piece], most: int) -> Iterator[list[Piece]]:
+    """Pieces that one call may take: views of parameters, up to ``most``; a copy is by itself, to be gone after it."""
+    views: list[Piece] = []
+    for piece in pieces:
+        if piece.copies or len(views) == most:
+            if views:
+                yield views
+            views = []
+        if piece.copies:
+            yield [piece]
+        else:
+            views.append(piece)
+    if views:
+        yield views
 
 
 def _stack(operands: list[list[Tensor]], members: slice) -> Piece:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -145,84 +145,101 @@ class DolphinFlow(LossAware):
 
     def _move(self, batches: Sequence[Batch]) -> None:
         clip = batches[0].group["gradient_clipping"]
-        norm, coefficients = self._measure(batches) if clip or self.nonfinite == "skip" else (None, None)
+        measured = self._measure(batches) if clip or self.nonfinite == "skip" else None
+        norm, coefficients = measured or (None, [None] * len(batches))
         scale = clipping.clip_scale(norm, clip) if norm is not None and clip else None
         finite = self._finite(norm)
-        for batch in batches:
+        # backwards: what was measured last may still be in a cache
+        for batch, own in zip(reversed(batches), reversed(coefficients), strict=True):
             _advance(batch.state["step"], finite)
             if batch.parameters[0].numel():
-                self._move_batch(batch, scale, finite, coefficients)
+                self._move_batch(batch, scale, finite, own)
 
-    def _measure(self, batches: Sequence[Batch]) -> tuple[Tensor, Iterator[Tensor] | None]:
+    def _measure(self, batches: Sequence[Batch]) -> tuple[Tensor, list[list[Tensor] | None]]:
         """The norm of all gradients and, if compiled, the coefficients of each piece, which the same sweep gives."""
         if self._chosen != "compiled" or torch.compiler.is_compiling():
-            return self._gradient_norm(batches), None
+            return self._gradient_norm(batches), [None] * len(batches)
         sums: list[Tensor] = []
-        coefficients: list[Tensor] = []
+        coefficients: list[list[Tensor] | None] = []
         for batch in batches:
             if not (batch.parameters[0].numel() and _rule(batch.group, batch.parameters[0]).projects_gradient):
                 sums += [self._sum_of_squares(gradient) for gradient in batch.gradients]
+                coefficients.append(None)
                 continue
-            for piece in self._pieces(batch):
-                coefficient, total = _backend.run("compiled", ops.measure, piece.operands[1], piece.operands[0])
-                sums.append(total)
-                coefficients.append(coefficient)
-        return clipping.total_norm(sums), iter(coefficients)
+            found = [
+                result
+                for pieces in self._together(batch)
+                for result in _backend.run_each("compiled", ops.measure, [p.operands[1::-1] for p in pieces])
+            ]
+            sums += [total for _, total in found]
+            coefficients.append([coefficient for coefficient, _ in found])
+        return clipping.total_norm(sums), coefficients
 
-    def _pieces(self, batch: Batch) -> Iterator[Piece]:
+    def _together(self, batch: Batch) -> Iterator[list[Piece]]:
+        """The pieces of a batch, as many at a time as one call takes."""
         first = batch.parameters[0]
         written = [batch.parameters, *(tensors for name, tensors in batch.state.items() if name != "step")]
         snapshots = len(written) if self.nonfinite == "skip" else 0
         split = self._split(_rule(batch.group, first))
-        return _batches.pieces([batch.gradients, *written], self._workspace(first.device), split, snapshots)
+        pieces = _batches.pieces([batch.gradients, *written], self._workspace(first.device), split, snapshots)
+        return _batches.together(pieces, _backend.TOGETHER if self._chosen == "compiled" else 1)
 
     def _move_batch(
-        self, batch: Batch, scale: Tensor | None, finite: Tensor | None, coefficients: Iterator[Tensor] | None
+        self, batch: Batch, scale: Tensor | None, finite: Tensor | None, measured: list[Tensor] | None
     ) -> None:
         group, first = batch.group, batch.parameters[0]
         rule = _rule(group, first)
         scale = None if scale is None else scale.to(first.device)
-        narrow = None if scale is None else scale.to(_arithmetic(first))
-        for piece in self._pieces(batch):
-            before = piece.snapshot(finite)
-            coefficient = self._coefficient(piece, scale, coefficients) if rule.projects_gradient else None
-            correction = None
-            if rule.adaptive_lr and rule.bias_correction:
-                steps = torch.stack(batch.state["step"][piece.members])
-                correction = moments.correction(steps, group["beta2"], piece.operands[2].dtype)
-            self._update(group, rule, piece, narrow, coefficient, correction)
-            piece.restore(before, finite)
-            piece.store()
+        corrections = self._corrections(batch) if rule.adaptive_lr and rule.bias_correction else None
+        found = None if measured is None else iter(self._scaled(measured, scale, first))
+        numbers = self._numbers(group, scale, first)
+        for pieces in self._together(batch):
+            before = [piece.snapshot(finite) for piece in pieces]
+            each = []
+            for piece in pieces:
+                coefficient = None
+                if rule.projects_gradient:
+                    coefficient = self._coefficient(piece, scale) if found is None else next(found)
+                each.append(_operands(piece, corrections, coefficient))
+            _backend.run_each(self._chosen, ops.update_, each, *numbers, rule)
+            for piece, old in zip(pieces, before, strict=True):
+                piece.restore(old, finite)
+                piece.store()
 
-    def _coefficient(self, piece: Piece, scale: Tensor | None, coefficients: Iterator[Tensor] | None) -> Tensor:
+    def _corrections(self, batch: Batch) -> Tensor:
+        """1/√(1 − β₂ᵗ) of every member, (B, 1, 1)."""
+        steps = torch.stack(batch.state["step"])
+        return moments.correction(steps, batch.group["beta2"], _arithmetic(batch.parameters[0]))
+
+    def _scaled(self, measured: list[Tensor], scale: Tensor | None, parameter: Tensor) -> list[Tensor]:
+        """Coefficients of the clipped gradient from those of the gradient."""
+        dtype = _arithmetic(parameter)
+        return [(found if scale is None else found * scale).to(dtype) for found in measured]
+
+    def _coefficient(self, piece: Piece, scale: Tensor | None) -> Tensor:
         gradient, theta, momentum_buffer = piece.operands[:3]
-        if coefficients is None:
-            arguments = theta, gradient, scale, momentum_buffer.dtype
-            return cast("Tensor", _backend.run(self._chosen, ops.row_coefficient, *arguments))
-        coefficient = next(coefficients)
-        return (coefficient if scale is None else coefficient * scale).to(momentum_buffer.dtype)
+        arguments = theta, gradient, scale, momentum_buffer.dtype
+        return cast("Tensor", _backend.run(self._chosen, ops.row_coefficient, *arguments))
 
-    def _update(
-        self,
-        group: Group,
-        rule: ops.Rule,
-        piece: Piece,
-        scale: Tensor | None,
-        coefficient: Tensor | None,
-        correction: Tensor | None,
-    ) -> None:
-        gradient, theta, momentum_buffer, *rest = piece.operands
-        tensors = theta, gradient, momentum_buffer, rest[0] if rest else None, correction, scale, coefficient
+    def _numbers(self, group: Group, scale: Tensor | None, parameter: Tensor) -> list[Any]:
+        """Clipping factor, η, λ, μ and ε in the dtype of the arithmetic, and β₂, of which 1 − β₂ needs the digits."""
+        dtype = _arithmetic(parameter)
         numbers = [_rate(group), *(group[name] for name in ("weight_decay", "momentum", "eps"))]
-        numbers = _backend.scalars(self._chosen, numbers, momentum_buffer.dtype)
-        beta2 = _backend.scalars(self._chosen, [group["beta2"]], torch.float64)  # 1 − β₂ needs the digits
-        _backend.run(self._chosen, ops.update_, *tensors, *numbers, *beta2, rule)
+        narrow = _backend.scalars(self._chosen, numbers, dtype)
+        wide = _backend.scalars(self._chosen, [group["beta2"]], torch.float64)
+        return [None if scale is None else scale.to(dtype), *narrow, *wide]
 
     def _split(self, rule: ops.Rule) -> _batches.Split:
         """A compiled update needs no scratch, so there is nothing to bound."""
         if self._chosen == "compiled" or rule.ortho_mode == "matrix":
             return "whole"
         return "elements" if rule.ortho_mode is None else "rows"
+
+
+def _operands(piece: Piece, corrections: Tensor | None, coefficient: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradient, theta, momentum_buffer, *rest = piece.operands
+    correction = None if corrections is None else corrections[piece.members]
+    return theta, gradient, momentum_buffer, rest[0] if rest else None, correction, coefficient
 
 
 def _arithmetic(parameter: Tensor) -> torch.dtype:

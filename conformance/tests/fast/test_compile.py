@@ -214,6 +214,21 @@ def test_auto_compiles_nothing() -> None:
     assert backends_since(before) == {"eager"}
 
 
+def test_parameters_of_one_shape_share_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four, two and one at a time give, bit for bit, what one after the other gives."""
+    shapes = [(40, 30)] * 7 + [(30,)] * 3
+    stepped = []
+    for most, made in ((4, 8), (1, 3)):  # measured and updated in fours, twos and ones; vectors in twos and ones
+        monkeypatch.setattr(_backend, "TOGETHER", most)
+        _backend.forget_compilations()
+        counters.clear()
+        optimizer = DolphinFlow(parameters(shapes), backend="compiled", workspace_bytes=1000)
+        run(optimizer, 3)
+        assert graphs() == made
+        stepped.append([bits(p) for p in all_parameters(optimizer)])
+    assert stepped[0] == stepped[1]
+
+
 def test_a_compilation_that_fails_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> Callable[..., Any]:
         raise NotImplementedError("no compiler")

@@ -79,14 +79,14 @@ def beta2_complement(f: Any) -> Any:
     return lambda v, g, beta2: f(v, g, 1 - beta2)
 
 
-@plant(dolphinflow.DolphinFlow, "_update")
+@plant(dolphinflow.DolphinFlow, "_numbers")
 def betas_swapped(f: Any) -> Any:
     """μ where β₂ belongs, and the reverse."""
 
-    def update(self: Any, group: dict[str, Any], *rest: Any) -> None:
-        f(self, {**group, "momentum": group["beta2"], "beta2": group["momentum"]}, *rest)
+    def numbers(self: Any, group: dict[str, Any], *rest: Any) -> Any:
+        return f(self, {**group, "momentum": group["beta2"], "beta2": group["momentum"]}, *rest)
 
-    return update
+    return numbers
 
 
 @plant(moments, "second_moment_")
@@ -119,16 +119,16 @@ def _update_with_raw_second_moment(
     momentum_buffer: Tensor,
     exp_avg_sq: Tensor | None,
     correction: Tensor | None,
-    scale: Tensor | None,
     coefficient: Tensor | None,
+    scale: Tensor | None,
     *numbers: Any,
 ) -> None:
     """The moment is brought to where the original's own averaging, with β₂ = 1, leaves it."""
-    lr, weight_decay, momentum, beta2, eps, rule = numbers
+    *others, beta2, rule = numbers
     if exp_avg_sq is not None:
         moments.second_moment_(exp_avg_sq, ops.clipped(gradient, scale, exp_avg_sq.dtype), beta2)
-    numbers = lr, weight_decay, momentum, 1.0, eps, rule
-    _original_update(theta, gradient, momentum_buffer, exp_avg_sq, correction, scale, coefficient, *numbers)
+    numbers = scale, *others, 1.0, rule
+    _original_update(theta, gradient, momentum_buffer, exp_avg_sq, correction, coefficient, *numbers)
 
 
 _original_update = ops.update_

@@ -76,37 +76,37 @@ def clip_norm_in_float32(f: Any) -> Any:
 # Learning rate, schedule, groups
 
 
-@plant(Optimizer, "_update")
+@plant(ops, "update_")
 def decay_coupled(f: Any) -> Any:
     """λθ added to the gradient."""
 
-    def update(self: Any, group: dict[str, Any], rule: Any, piece: Any, *rest: Any) -> None:
-        gradient, theta, *state = piece.operands
-        piece = piece._replace(operands=[gradient + group["weight_decay"] * theta, theta, *state])
-        f(self, {**group, "weight_decay": 0.0}, rule, piece, *rest)
+    def update_(theta: Tensor, gradient: Tensor, *rest: Any) -> None:
+        *tensors, scale, lr, weight_decay, momentum, eps, beta2, rule = rest
+        f(theta, gradient + weight_decay * theta, *tensors, scale, lr, 0.0, momentum, eps, beta2, rule)
 
-    return update
+    return update_
 
 
-@plant(Optimizer, "_update")
+@plant(ops, "update_")
 def decay_after_update(f: Any) -> Any:
     """θ ← (θ − ηu)(1 − ηλ)."""
 
-    def update(self: Any, group: dict[str, Any], rule: Any, piece: Any, *rest: Any) -> None:
-        f(self, {**group, "weight_decay": 0.0}, rule, piece, *rest)
-        decay.decoupled_decay_(piece.operands[1], group["lr"], group["weight_decay"])
+    def update_(theta: Tensor, *rest: Any) -> None:
+        *tensors, scale, lr, weight_decay, momentum, eps, beta2, rule = rest
+        f(theta, *tensors, scale, lr, 0.0, momentum, eps, beta2, rule)
+        decay.decoupled_decay_(theta, lr, weight_decay)
 
-    return update
+    return update_
 
 
-@plant(Optimizer, "_update")
+@plant(Optimizer, "_numbers")
 def loss_scale_not_in_decay(f: Any) -> Any:
     """The loss schedule lowers the rate of the update and not of the decay."""
 
-    def update(self: Any, group: dict[str, Any], *rest: Any) -> None:
-        f(self, {**group, "weight_decay": group["weight_decay"] / group["loss_lr_scale"]}, *rest)
+    def numbers(self: Any, group: dict[str, Any], *rest: Any) -> Any:
+        return f(self, {**group, "weight_decay": group["weight_decay"] / group["loss_lr_scale"]}, *rest)
 
-    return update
+    return numbers
 
 
 @plant(dolphinflow, "_rate")

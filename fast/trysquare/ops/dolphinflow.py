@@ -55,8 +55,8 @@ def update_(
     momentum_buffer: Tensor,
     exp_avg_sq: Tensor | None,
     correction: Tensor | None,
-    scale: Tensor | None,
     coefficient: Tensor | None,
+    scale: Tensor | None,
     lr: Scalar,
     weight_decay: Scalar,
     momentum: Scalar,
@@ -66,8 +66,8 @@ def update_(
 ) -> None:
     """Steps ``theta``, ``momentum_buffer`` and ``exp_avg_sq``, each (B, R, C), in place; ``gradient`` is only read.
 
-    ``correction`` is that of the second moment, ``scale`` the clipping factor (None: 1) and ``coefficient`` what
-    `row_coefficient` found (None: no projection of the gradient). Arithmetic is that of the state.
+    ``correction`` is that of the second moment, ``coefficient`` what `row_coefficient` found (None: no projection of
+    the gradient) and ``scale`` the clipping factor (None: 1). Arithmetic is that of the state.
     """
     wide = theta.to(momentum_buffer.dtype)
     g = clipped(gradient, scale, wide.dtype)
