@@ -61,6 +61,7 @@ class Averaging(BatchedOptimizer):
             model: has the parameters that this optimizer steps, under its own names.
         """
         self._refuse_other_mode()
+        self._refuse_other_betas()
         means = {} if not self._training else {id(p): self._mean(group, p) for group, p in self._schedule_free()}
         exported = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -82,6 +83,20 @@ class Averaging(BatchedOptimizer):
                 f"{what} in eval mode would train on from the averaged weights: call optimizer.train() first"
             )
 
+    def _refuse_other_betas(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            self._check_average(group, f"group {index}")
+
+    @staticmethod
+    def _check_average(group: Group, where: str) -> None:
+        """Raise if β₁ is no longer that of y = (1 − β₁)z + β₁x."""
+        used = group.get("averaged_with")
+        if used is not None and used != group["betas"][0]:
+            raise ValueError(
+                f"{where}: betas={group['betas']!r}, but its schedule-free average was begun with beta1={used}, which "
+                "cannot change; for a scheduler that cycles momentum use cycle_momentum=False"
+            )
+
     def _schedule_free(self) -> Iterator[tuple[Group, Tensor]]:
         """The parameters that have something to exchange."""
         for group in self.param_groups:
@@ -94,6 +109,7 @@ class Averaging(BatchedOptimizer):
         self._refuse_other_mode()
         if train == self._training:
             return
+        self._refuse_other_betas()
         for group, parameter in self._schedule_free():
             (self._put_back if train else self._put_mean)(group, parameter)
         for group in self.param_groups:
@@ -123,6 +139,7 @@ class Averaging(BatchedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with fingerprints of the trained and of the averaged weights in the groups."""
         self._refuse_other_mode()
+        self._refuse_other_betas()
         for group in self.param_groups:
             group["fingerprints"] = self._fingerprints(group) if self._averages(group) else None
         return super().state_dict()

@@ -201,12 +201,7 @@ class THORN(Release):
                     f"{where}: {name} has shape {tuple(parameter.shape)}, but to be orthogonalized "
                     f"{'in a batch ' * group['batched']}it needs {least} dimensions: put it into another group"
                 )
-        used = group.get("averaged_with")
-        if used is not None and used != group["betas"][0]:
-            raise ValueError(
-                f"{where}: betas={group['betas']!r}, but its schedule-free average was begun with beta1={used}, which "
-                "cannot change; for a scheduler that cycles momentum use cycle_momentum=False"
-            )
+        self._check_average(group, where)
 
     def _averages(self, group: Group) -> bool:
         return group["schedule_free"] and not group["orthogonalize"]

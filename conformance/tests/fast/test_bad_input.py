@@ -1,7 +1,7 @@
 """Every argument that no step could honour is refused, by name, with its value and what is allowed; nothing changes.
 
-The values come from `bad_values`. What is wrong with parameters is in `test_bad_tensors`, with gradients and closures in
-`test_bad_steps`, with checkpoints in `test_bad_state_dicts`.
+The values come from `bad_values`. What is wrong with parameters is in `test_bad_tensors`, with gradients and closures
+in `test_bad_steps`, with checkpoints in `test_bad_state_dicts`.
 """
 
 from collections.abc import Callable, Iterator
