@@ -13,7 +13,18 @@ import pytest
 import torch
 
 import trysquare_reference
-from trysquare_conformance.noise import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Arithmetic, Noisy, mixed, noisy, wrapper
+from trysquare_conformance.noise import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    Arithmetic,
+    Noisy,
+    computed_in,
+    mixed,
+    noisy,
+    wrapper,
+)
 from trysquare_reference import (
     blockwise8bit,
     clipping,
@@ -159,6 +170,27 @@ def test_mixed_precision_takes_products_from_one_format_and_the_rest_from_anothe
     assert (arithmetic.elementwise, arithmetic.accumulate) == (FLOAT32.elementwise, FLOAT32.accumulate)
     assert arithmetic.product_input == arithmetic.product_output == FLOAT16.elementwise
     assert arithmetic.largest == FLOAT16.largest
+
+
+def test_a_part_can_be_computed_in_another_arithmetic_with_the_constants_of_the_whole() -> None:
+    x, seen = source()(gaussian(50)), []
+
+    def part(inner: Any) -> Any:
+        seen.append(inner.source.arithmetic)
+        return inner * 1.1
+
+    y = computed_in(BFLOAT16, part, x)
+    assert seen == [BFLOAT16]
+    assert isinstance(y, Noisy)
+    assert y.source is x.source
+    error = np.abs(relative(y, np.asarray(x) * 1.1))
+    assert FLOAT32.elementwise * 100 < np.max(error) <= 2.1 * BFLOAT16.elementwise
+    constant = np.asarray(computed_in(BFLOAT16, lambda inner: inner + 1.1, source()(np.zeros(1))))
+    assert abs(constant[0] - 1.1) <= 2 * FLOAT32.elementwise
+
+
+def test_what_is_not_noisy_is_computed_as_it_is() -> None:
+    assert computed_in(BFLOAT16, lambda x: x * 1.1, np.ones(1)) == 1.1
 
 
 def test_a_symmetric_product_stays_symmetric() -> None:

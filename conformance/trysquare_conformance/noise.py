@@ -130,6 +130,29 @@ def wrapper(arithmetic: Arithmetic, rng: np.random.Generator) -> Callable[[Plain
     return wrap
 
 
+class _Inner(Source):
+    """Another arithmetic for a part of a computation; constants enter it as outside."""
+
+    def __init__(self, arithmetic: Arithmetic, outer: Source) -> None:
+        super().__init__(arithmetic, outer._rng)  # noqa: SLF001  # the same stream of keys goes on
+        self._outer = outer
+
+    def constant(self, value: float) -> Plain:
+        return self._outer.constant(value)
+
+
+def computed_in(arithmetic: Arithmetic, function: Callable[..., Any], x: Plain, *arguments: Any) -> Any:
+    """`function(x, *arguments)` with a noisy `x` rounded to another arithmetic, which ends with the function.
+
+    For a part that works on tensors of a narrower format and takes its constants as the rest does.
+    """
+    if not isinstance(x, Noisy):
+        return function(x, *arguments)
+    inner = _Inner(arithmetic, x.source)
+    rounded = _perturb(np.asarray(x), arithmetic.elementwise * np.abs(x), np.asarray(x == 0), arithmetic, inner.key())
+    return _wrap(np.asarray(function(_wrap(rounded, inner), *arguments)), x.source)
+
+
 class Noisy(np.ndarray[Any, np.dtype[np.float64]]):
     """A float64 array that computes as if in another arithmetic. `np.asarray` takes the values out."""
 
