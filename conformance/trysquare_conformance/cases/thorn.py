@@ -1,0 +1,297 @@
+"""Every configuration of THORN that is checked; `thorn_steps` says how each takes a step."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from itertools import product
+from typing import Any
+
+from trysquare_conformance import inputs
+from trysquare_conformance.case import SHORT_DTYPES, Case, shape_name
+from trysquare_conformance.pairwise import Choice, pairwise
+from trysquare_conformance.thorn_steps import ALGORITHMIC, KINDS, SCHEDULES, SECOND_GROUPS, ThornSteps
+
+Shapes = tuple[tuple[int, ...], ...]
+
+DEFAULTS: dict[str, Any] = {
+    **ALGORITHMIC,
+    "coefficients": "",
+    "kind": "ortho",
+    "matmul_dtype": "float32",
+    "none_grad": False,
+    "exclude": (),
+    "nonfinite": "propagate",
+    "workspace_bytes": None,
+    "tensor_lr": False,
+    "schedule": "constant",
+    "second_group": "",
+    "release": 0,
+    "view": False,
+}
+"""What a case sets where it says nothing. `release` is the update rate of gradient release, 0 without; `view` looks at
+the averaged weights too; `schedule` is that of the learning rate."""
+
+PLACE: dict[str, Any] = {
+    "shapes": ((24, 40), (40, 24)),
+    "layout": "contiguous",
+    "dtype": "float32",
+    "inputs": "gaussian",
+    "steps": 1,
+}
+
+FAMILIES: dict[str, tuple[Shapes, Shapes, Shapes]] = {
+    "pair": (((40, 24), (24,)), ((24, 40), (40, 24)), ((3, 8, 5), (2, 5, 8))),
+    "wide": (((12, 20),), ((12, 20),), ((2, 6, 10),)),
+    "tall": (((20, 12),), ((20, 12),), ((2, 10, 6),)),
+    "square": (((16, 16),), ((16, 16),), ((2, 6, 6),)),
+    "prime": (((31,),), ((31, 37),), ((3, 5, 7),)),
+    "long": (((12, 48), (48, 12)), ((12, 48), (48, 12)), ((2, 4, 16), (2, 16, 4))),
+    "thin": (((1, 40), (1,)), ((1, 40), (40, 1)), ((2, 1, 9), (2, 9, 1))),
+    "small": (((7,), ()), ((12, 10), (12, 10)), ((2, 2, 4, 3),)),
+    "filters": (((8, 4, 3),), ((8, 4, 3),), ((8, 4, 3),)),
+    "images": (((8, 4, 3, 3),), ((8, 4, 3, 3), (24, 2, 2, 2)), ((2, 3, 4, 3),)),
+    "volumes": (((4, 3, 2, 2, 2),), ((4, 3, 2, 2, 2),), ((2, 2, 2, 4, 3),)),
+    "empty": (((0, 5), (5,)), ((0, 5), (5, 0), (5, 3)), ((0, 4, 3), (2, 4, 3))),
+    "several": (
+        ((12, 10), (7,), (12, 10), (7,), (0, 3), (9, 9)),
+        ((12, 10), (6, 4, 3, 3), (12, 10), (10, 12), (12, 10), (0, 3), (9, 9)),
+        ((2, 6, 5), (3, 4, 4), (2, 6, 5), (2, 5, 6)),
+    ),
+}
+"""Shapes for groups of any parameters, of matrices, and of batches."""
+
+SMALL_WORKSPACE = 1 << 10
+MANY_STEPS = 50
+DTYPES, LAYOUTS = tuple(SHORT_DTYPES), tuple(inputs.LAYOUTS)
+POLICIES = ("propagate", "skip", "raise")
+ORDINARY = ("gaussian", "parallel", "rank-one", "sparse", "missing")
+BEYOND = ("gradient-1e200",)  # its norm is infinite even in float64, where the specification says nothing
+COMPILED_LAST = ("compiled-*", "exhaustive")
+
+FORMULAS: dict[str, tuple[Any, ...]] = {
+    "kind": tuple(KINDS),
+    "dtype": DTYPES,
+    "betas": ((0.95, 0.95), (0.9, 0.0), (0.0, 0.99), (0.0, 0.0)),
+    "rectify": (False, True),
+    "target_rms": (0.2, 0.0),
+    "iters": (5, 1, 8, 12),
+    "matmul_dtype": ("float32", None, "bfloat16", "float16"),
+    "release": (0, 1, 2, 16),
+    "view": (True, False),
+}
+"""What selects another formula: combined in pairs among themselves, for compiled lanes too."""
+
+NUMBERS: dict[str, tuple[Any, ...]] = {
+    "family": tuple(FAMILIES),
+    "layout": LAYOUTS,
+    "lr": (1e-3, 1e-6, 0.5),
+    "weight_decay": (0.1, 0.0, 1.0),
+    "eps": (1e-8, 1e-3),
+    "lower_bound": (1e-3, 0.05),
+    "safety_factor": (0.02, 0.0),
+    "cushion": (0.02, 0.3),
+    "coefficients": ("", "muon"),
+    "tensor_lr": (False, True),
+    "schedule": tuple(SCHEDULES),
+    "none_grad": (False, True),
+    "exclude": ((), ("p0",)),
+    "nonfinite": POLICIES,
+    "workspace_bytes": (None, SMALL_WORKSPACE),
+    "second_group": tuple(SECOND_GROUPS),
+    "inputs": ORDINARY,
+    "steps": (1, 2),
+}
+HOSTILE: dict[str, tuple[Any, ...]] = {
+    "kind": tuple(KINDS),
+    "dtype": DTYPES,
+    "betas": FORMULAS["betas"],
+    "family": ("small", "images"),
+    "weight_decay": (0.1, 1.0),
+    "target_rms": (0.2, 0.0),
+    "eps": (1e-8, 1e-3),
+    "lr": (1e-3, 1e6, 1e-12),
+    "nonfinite": POLICIES,
+    "matmul_dtype": ("float32", "bfloat16"),
+    "inputs": tuple(kind for kind in inputs.KINDS if kind not in (*ORDINARY, *BEYOND)),
+    "release": (0, 2),
+    "steps": (2,),
+}
+
+
+def case(tier: str, *late: tuple[str, str], **choice: Any) -> Case:
+    """A case from what it does not take from `DEFAULTS` and `PLACE`; a `family` stands for shapes that fit the kind."""
+    family = choice.pop("family", None)
+    if family is not None:
+        choice["shapes"] = FAMILIES[family][{"ortho": 1, "batched": 2}.get(choice.get("kind", "ortho"), 0)]
+        if choice.get("second_group") == "ortho" and choice.get("kind") in {"free", "adam", "model"}:
+            choice["shapes"] = FAMILIES[family][1]
+    place = {**PLACE, **{name: choice.pop(name) for name in list(choice) if name in PLACE}}
+    settings = {**DEFAULTS, **choice}
+    return Case("thorn", _name(settings, place), tuple(settings.items()), tier=tier, late=late, **place)
+
+
+def _name(settings: Choice, place: Choice) -> str:
+    """`thorn/ortho/beta1=0.95/beta2=0/decay=0.1/target_rms=0/fp32/24x40+40x24/contiguous/gaussian/steps=1`."""
+    beta1, beta2 = settings["betas"]
+    parts = ["thorn", settings["kind"], f"beta1={beta1:g}", f"beta2={beta2:g}", f"decay={settings['weight_decay']:g}"]
+    named = {"kind", "betas", "weight_decay"}
+    others = {k: v for k, v in settings.items() if k not in named and v != DEFAULTS[k]}
+    parts += [f"{name}={_word(value)}" for name, value in others.items()]
+    parts += [SHORT_DTYPES[place["dtype"]], shape_name(place["shapes"]), place["layout"], place["inputs"]]
+    return "/".join([*parts, f"steps={place['steps']}"])
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if type(value) is float else "+".join(value) if isinstance(value, tuple) else str(value)
+
+
+def quick() -> Iterator[Case]:
+    """A chosen handful: every rule where it matters most, every dtype, and the inputs that bite."""
+    ortho = {"kind": "ortho", "family": "tall", "steps": 2, "lr": 1e-2}
+    free = {"kind": "free", "family": "pair", "steps": 3, "lr": 1e-2, "view": True}
+    yield case("quick", **ortho)
+    yield case("quick", **{**ortho, "family": "wide", "dtype": "bfloat16", "matmul_dtype": None})
+    yield case("quick", **{**ortho, "family": "square", "weight_decay": 0.5})
+    yield case("quick", **free, schedule="falling")
+    yield case("quick", **{**free, "kind": "adam"})
+    for kind in ("rank-one", "zero-gradient", "zero-rows", "both-tiny", "nan"):
+        yield case("quick", **{**ortho, "inputs": kind, "steps": 1})
+        yield case("quick", **{**free, "inputs": kind, "eps": 1e-3, "weight_decay": 1.0, "steps": 2})
+    yield case("quick", **{**free, "betas": (0.0, 0.9), "schedule": "falling"})
+    yield case("quick", **{**free, "dtype": "bfloat16"})
+    for kind in ("ortho", "free", "adam"):
+        yield case("quick", **{**(ortho if kind == "ortho" else free), "kind": kind, "release": 2, "steps": 5})
+    yield from (case("quick", COMPILED_LAST, **choice) for choice in _quick_eager(ortho, free))
+
+
+def _quick_eager(ortho: Choice, free: Choice) -> Iterator[Choice]:
+    """The rest of the rules and dtypes, each of which would be a compilation of its own."""
+    yield from _quick_matrices(ortho)
+    for changes in (
+        {"dtype": "float16", "betas": (0.0, 0.9)},
+        {"dtype": "float64"},
+        {"betas": (0.9, 0.99), "rectify": True, "steps": 7},
+        {"schedule": "from-zero", "weight_decay": 1.0},
+        {"betas": (0.9, 0.0), "eps": 1e-3},
+        {"inputs": "missing", "family": "several"},
+        {"family": "prime", "steps": 20},
+        {"inputs": "inf", "nonfinite": "skip"},
+        {"inputs": "inf", "nonfinite": "raise"},
+    ):
+        yield {**free, **changes}
+    for rules in (
+        {"dtype": "bfloat16", "steps": 2},
+        {"dtype": "float64", "betas": (0.0, 0.0)},
+        {"rectify": True, "steps": 7, "view": False},
+    ):
+        yield {**free, "kind": "adam", **rules}
+    for kind, (rate, steps) in product(("ortho", "free", "adam"), ((1, 2), (16, 17))):
+        family = "tall" if kind == "ortho" else "small"
+        yield {"kind": kind, "family": family, "lr": 1e-2, "release": rate, "steps": steps, "view": kind == "free"}
+    yield {"kind": "ortho", "family": "tall", "release": 2, "rectify": True, "betas": (0.95, 0.99), "steps": 10}
+    yield {"kind": "free", "family": "small", "release": 4, "rectify": True, "betas": (0.9, 0.99), "steps": 8}
+    yield {"kind": "free", "family": "small", "release": 2, "dtype": "bfloat16", "steps": 4, "view": True}
+    model = {"kind": "model", "lr": 1e-2, "steps": 2, "shapes": ((12, 10), (7,), (6, 4, 3, 3), (12, 10), ())}
+    yield {**model, "view": True}
+    yield {**model, "exclude": ("p0",), "none_grad": True, "tensor_lr": True}
+    yield {**ortho, "family": "several", "second_group": "free", "view": True}
+    yield {**free, "family": "several", "second_group": "adam"}
+
+
+def _quick_matrices(ortho: Choice) -> Iterator[Choice]:
+    yield {**ortho, "family": "pair", "betas": (0.95, 0.0)}
+    yield {**ortho, "family": "images"}
+    yield {**ortho, "family": "images", "target_rms": 0.0, "layout": "channels_last"}
+    yield {**ortho, "target_rms": 0.0, "layout": "transposed", "steps": 1}
+    yield {**ortho, "kind": "batched", "family": "pair"}
+    yield {**ortho, "kind": "batched", "family": "tall", "target_rms": 0.0, "betas": (0.9, 0.0)}
+    yield {**ortho, "family": "wide", "dtype": "float64"}
+    yield {**ortho, "dtype": "float16", "matmul_dtype": "bfloat16"}
+    yield {**ortho, "dtype": "float16", "lr": 1e5, "steps": 1}
+    yield {**ortho, "family": "prime", "matmul_dtype": None, "betas": (0.9, 0.0), "steps": 1}
+    yield {**ortho, "family": "square", "iters": 8, "steps": 1}
+    yield {**ortho, "family": "wide", "iters": 12, "steps": 1}
+    yield {**ortho, "iters": 2, "lower_bound": 0.05, "safety_factor": 0.1, "cushion": 0.3}
+    yield {**ortho, "family": "square", "coefficients": "muon", "safety_factor": 0.0, "weight_decay": 0.0, "steps": 1}
+    yield {**ortho, "eps": 1e-2}
+    yield {**ortho, "rectify": True, "betas": (0.95, 0.99), "steps": 6}
+    yield {**ortho, "steps": 12, "lr": 1e-3}
+    yield {**ortho, "family": "several", "inputs": "missing", "workspace_bytes": SMALL_WORKSPACE}
+    yield {**ortho, "none_grad": True, "schedule": "falling", "tensor_lr": True}
+    for kind in ("condition-1e12", "gradient-1e30", "negative-zero", "sparse"):
+        yield {**ortho, "inputs": kind, "steps": 1}
+    for policy in ("skip", "raise"):
+        yield {**ortho, "family": "small", "inputs": "inf", "nonfinite": policy}
+
+
+def allowed(choice: Choice) -> bool:
+    """Whether the format can hold the inputs, names are there to exclude, and a policy has a norm of all gradients.
+
+    What is far below eps is left out: row norms there are products that underflow, and whether one is zero or nearly so
+    decides whether a weight decays.
+    """
+    dtypes = inputs.KINDS[choice.get("inputs", "gaussian")].dtypes
+    released = choice.get("release") or choice.get("formula", {}).get("release")
+    dtype = choice.get("dtype") or choice.get("formula", {}).get("dtype", dtypes[0])
+    named = not choice.get("exclude") or choice.get("kind", "model") == "model"
+    tiny = choice.get("inputs") in {"gradient-1e-30", "both-tiny", "subnormal"} and choice.get("eps", 1e-8) > 1e-8
+    return (
+        dtype in dtypes
+        and named
+        and not tiny
+        and not (released and choice.get("nonfinite", "propagate") != "propagate")
+    )
+
+
+@cache
+def standard() -> tuple[Case, ...]:
+    """Every pair of levels once: of formulas, of all arguments on ordinary inputs, and with every hostile input."""
+    formulas = pairwise(FORMULAS, allowed)
+    everything = pairwise({**FORMULAS, **NUMBERS}, allowed)
+    hostile = pairwise(HOSTILE, allowed)
+    return (
+        *(case("standard", **choice, family="pair", steps=2) for choice in formulas),
+        *(case("standard", COMPILED_LAST, **choice) for choice in (*everything, *hostile)),
+        *(case("standard", COMPILED_LAST, **choice) for choice in _long(formulas)),
+    )
+
+
+def _long(formulas: Sequence[Choice]) -> Iterator[Choice]:
+    """Every formula freely over many steps."""
+    return ({**choice, "family": "small", "steps": MANY_STEPS} for choice in formulas if choice["release"] < 2)
+
+
+PRODUCTS: tuple[dict[str, tuple[Any, ...]], ...] = (
+    {**{name: FORMULAS[name] for name in FORMULAS if name != "view"}, "family": tuple(FAMILIES), "steps": (1, 2)},
+    {
+        **{name: FORMULAS[name] for name in ("kind", "dtype", "betas", "rectify", "target_rms")},
+        "weight_decay": NUMBERS["weight_decay"],
+        "layout": LAYOUTS,
+        "schedule": tuple(SCHEDULES),
+        "steps": (2,),
+    },
+    {**HOSTILE, "inputs": tuple(kind for kind in inputs.KINDS if kind not in BEYOND)},
+)
+
+
+def exhaustive() -> Iterator[Case]:
+    """The full products: of formulas and shapes; of layouts and schedules; of every kind of input."""
+    for factors in PRODUCTS:
+        for levels in product(*factors.values()):
+            choice = dict(zip(factors, levels, strict=True))
+            if allowed(choice):
+                yield case("exhaustive", **{"family": "pair", **choice})
+
+
+class ThornSubject(ThornSteps):
+    """THORN: its reference page and its class."""
+
+    def cases(self) -> Iterable[Case]:
+        seen: set[str] = set()
+        for one in (*quick(), *standard()):
+            if one.id not in seen:
+                seen.add(one.id)
+                yield one
+        yield from (one for one in exhaustive() if one.id not in seen)
+
+
+SUBJECT = ThornSubject()
