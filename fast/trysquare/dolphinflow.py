@@ -159,6 +159,13 @@ class DolphinFlow(LossAware):
         """The norm of all gradients and, if compiled, the coefficients of each piece, which the same sweep gives."""
         if self._chosen != "compiled" or torch.compiler.is_compiling():
             return self._gradient_norm(batches), [None] * len(batches)
+        on_cpu = all(parameter.device.type == "cpu" for batch in batches for parameter in batch.parameters)
+        norm, coefficients = self._sweep(batches, wide=not on_cpu)
+        if on_cpu and not norm.isfinite():  # nothing waits for a device here
+            norm, coefficients = self._sweep(batches, wide=True)
+        return norm, coefficients
+
+    def _sweep(self, batches: Sequence[Batch], *, wide: bool) -> tuple[Tensor, list[list[Tensor] | None]]:
         sums: list[Tensor] = []
         coefficients: list[list[Tensor] | None] = []
         for batch in batches:
@@ -169,7 +176,7 @@ class DolphinFlow(LossAware):
             found = [
                 result
                 for pieces in self._together(batch)
-                for result in _backend.run_each("compiled", ops.measure, [p.operands[1::-1] for p in pieces])
+                for result in _backend.run_each("compiled", ops.measure, [p.operands[1::-1] for p in pieces], wide)
             ]
             sums += [total for _, total in found]
             coefficients.append([coefficient for coefficient, _ in found])
@@ -222,12 +229,11 @@ class DolphinFlow(LossAware):
         return cast("Tensor", _backend.run(self._chosen, ops.row_coefficient, *arguments))
 
     def _numbers(self, group: Group, scale: Tensor | None, parameter: Tensor) -> list[Any]:
-        """Clipping factor, η, λ, μ and ε in the dtype of the arithmetic, and β₂, of which 1 − β₂ needs the digits."""
+        """Clipping factor, η, λ, μ, ε, β₂ and 1 − β₂ in the dtype of the arithmetic."""
         dtype = _arithmetic(parameter)
-        numbers = [_rate(group), *(group[name] for name in ("weight_decay", "momentum", "eps"))]
-        narrow = _backend.scalars(self._chosen, numbers, dtype)
-        wide = _backend.scalars(self._chosen, [group["beta2"]], torch.float64)
-        return [None if scale is None else scale.to(dtype), *narrow, *wide]
+        numbers = [_rate(group), *(group[name] for name in ("weight_decay", "momentum", "eps", "beta2"))]
+        numbers.append(1 - group["beta2"])
+        return [None if scale is None else scale.to(dtype), *_backend.scalars(self._chosen, numbers, dtype)]
 
     def _split(self, rule: ops.Rule) -> _batches.Split:
         """A compiled update needs no scratch, so there is nothing to bound."""

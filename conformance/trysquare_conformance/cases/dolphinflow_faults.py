@@ -76,7 +76,7 @@ def momentum_lookahead_stale(f: Any) -> Any:
 @plant(moments, "second_moment_")
 def beta2_complement(f: Any) -> Any:
     """v ← (1−β₂)v + β₂g²."""
-    return lambda v, g, beta2: f(v, g, 1 - beta2)
+    return lambda v, g, beta2, _: f(v, g, 1 - beta2)
 
 
 @plant(dolphinflow.DolphinFlow, "_numbers")
@@ -92,19 +92,19 @@ def betas_swapped(f: Any) -> Any:
 @plant(moments, "second_moment_")
 def second_moment_not_averaged(_: Any) -> Any:
     """v ← β₂v + g²."""
-    return lambda v, g, beta2: v.mul_(beta2).add_(g * g)
+    return lambda v, g, beta2, _: v.mul_(beta2).add_(g * g)
 
 
 @plant(moments, "second_moment_")
 def second_moment_of_magnitude(f: Any) -> Any:
     """v ← β₂v + (1−β₂)|g|."""
-    return lambda v, g, beta2: f(v, g.abs().sqrt(), beta2)
+    return lambda v, g, *betas: f(v, g.abs().sqrt(), *betas)
 
 
 @plant(moments, "second_moment_")
 def second_moment_not_kept(f: Any) -> Any:
     """v ← (1−β₂)g²."""
-    return lambda v, g, beta2: f(v.zero_(), g, beta2)
+    return lambda v, g, *betas: f(v.zero_(), g, *betas)
 
 
 @plant(ops, "update_")
@@ -124,10 +124,10 @@ def _update_with_raw_second_moment(
     *numbers: Any,
 ) -> None:
     """The moment is brought to where the original's own averaging, with β₂ = 1, leaves it."""
-    *others, beta2, rule = numbers
+    *others, beta2, _, rule = numbers
     if exp_avg_sq is not None:
         moments.second_moment_(exp_avg_sq, ops.clipped(gradient, scale, exp_avg_sq.dtype), beta2)
-    numbers = scale, *others, 1.0, rule
+    numbers = scale, *others, 1.0, 0.0, rule
     _original_update(theta, gradient, momentum_buffer, exp_avg_sq, correction, coefficient, *numbers)
 
 

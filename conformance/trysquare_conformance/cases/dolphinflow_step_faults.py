@@ -81,8 +81,8 @@ def decay_coupled(f: Any) -> Any:
     """λθ added to the gradient."""
 
     def update_(theta: Tensor, gradient: Tensor, *rest: Any) -> None:
-        *tensors, scale, lr, weight_decay, momentum, eps, beta2, rule = rest
-        f(theta, gradient + weight_decay * theta, *tensors, scale, lr, 0.0, momentum, eps, beta2, rule)
+        *tensors, scale, lr, weight_decay, momentum, eps, beta2, beta2_rest, rule = rest
+        f(theta, gradient + weight_decay * theta, *tensors, scale, lr, 0.0, momentum, eps, beta2, beta2_rest, rule)
 
     return update_
 
@@ -92,8 +92,8 @@ def decay_after_update(f: Any) -> Any:
     """θ ← (θ − ηu)(1 − ηλ)."""
 
     def update_(theta: Tensor, *rest: Any) -> None:
-        *tensors, scale, lr, weight_decay, momentum, eps, beta2, rule = rest
-        f(theta, *tensors, scale, lr, 0.0, momentum, eps, beta2, rule)
+        *tensors, scale, lr, weight_decay, momentum, eps, beta2, beta2_rest, rule = rest
+        f(theta, *tensors, scale, lr, 0.0, momentum, eps, beta2, beta2_rest, rule)
         decay.decoupled_decay_(theta, lr, weight_decay)
 
     return update_

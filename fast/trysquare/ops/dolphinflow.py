@@ -37,16 +37,18 @@ def row_coefficient(theta: Tensor, gradient: Tensor, scale: Tensor | None, dtype
     return projection.gradient_coefficient(clipped(gradient, scale, dtype), theta.to(dtype))
 
 
-def measure(theta: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def measure(theta: Tensor, gradient: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
     """The coefficient of every row for the gradient as it is, (B, R, 1), and Σg², in one pass over both tensors.
 
-    The gradient is not clipped yet and may be large: what holds it is summed in float64 (where the device has it).
+    The gradient is not clipped yet and may be large: ``wide`` sums what holds it in float64 (where the device has it).
+    Without it a row is summed in the dtype of the arithmetic, and Σg² is not finite where a square leaves its range.
     """
+    w = theta if theta.dtype == torch.float64 else theta.float()
     wide_dtype = clipping.wide_dtype(gradient.device)
-    narrow = theta if theta.dtype == torch.float64 else theta.float()
-    w, g = theta.to(wide_dtype), gradient.to(wide_dtype)
-    sums = torch.stack([(w * g).sum(-1, keepdim=True), (g * g).sum(-1, keepdim=True)])
-    return projection.coefficient(sums[0], (narrow * narrow).sum(-1, keepdim=True)), sums[1].sum()
+    dtype = wide_dtype if wide else w.dtype
+    x, g = w.to(dtype), gradient.to(dtype)
+    sums = torch.stack([(x * g).sum(-1, keepdim=True), (g * g).sum(-1, keepdim=True)])
+    return projection.coefficient(sums[0], (w * w).sum(-1, keepdim=True)), sums[1].to(wide_dtype).sum()
 
 
 def update_(
@@ -62,12 +64,13 @@ def update_(
     momentum: Scalar,
     eps: Scalar,
     beta2: Scalar,
+    rest: Scalar,
     rule: Rule,
 ) -> None:
     """Steps ``theta``, ``momentum_buffer`` and ``exp_avg_sq``, each (B, R, C), in place; ``gradient`` is only read.
 
     ``correction`` is that of the second moment, ``coefficient`` what `row_coefficient` found (None: no projection of
-    the gradient) and ``scale`` the clipping factor (None: 1). Arithmetic is that of the state.
+    the gradient), ``scale`` the clipping factor (None: 1) and ``rest`` 1 − β₂. Arithmetic is that of the state.
     """
     wide = theta.to(momentum_buffer.dtype)
     g = clipped(gradient, scale, wide.dtype)
@@ -79,7 +82,7 @@ def update_(
     if rule.ortho_mode == "matrix":
         u = polar.newton_schulz(u, rule.ns_steps, eps)
     if exp_avg_sq is not None:
-        moments.second_moment_(exp_avg_sq, g, beta2)
+        moments.second_moment_(exp_avg_sq, g, beta2, rest)
         u = u.div_(moments.denominator(exp_avg_sq, eps, correction))
     decay.decoupled_decay_(wide, lr, weight_decay)
     add_scaled_(wide, u, -lr)

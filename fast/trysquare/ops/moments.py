@@ -16,9 +16,9 @@ def nesterov_(momentum_buffer: Tensor, gradient: Tensor, momentum: Scalar) -> Te
     return torch.add(gradient, momentum_buffer, alpha=momentum)
 
 
-def second_moment_(exp_avg_sq: Tensor, gradient: Tensor, beta2: Scalar) -> Tensor:
-    """v ← β₂·v + (1 − β₂)·g²."""
-    return add_scaled_square_(exp_avg_sq.mul_(beta2), gradient, 1 - beta2)
+def second_moment_(exp_avg_sq: Tensor, gradient: Tensor, beta2: Scalar, rest: Scalar | None = None) -> Tensor:
+    """v ← β₂·v + (1 − β₂)·g²; ``rest`` is 1 − β₂ where β₂ itself has too few digits left to tell."""
+    return add_scaled_square_(exp_avg_sq.mul_(beta2), gradient, 1 - beta2 if rest is None else rest)
 
 
 def correction(step: Tensor, beta2: float, dtype: torch.dtype) -> Tensor:
