@@ -15,7 +15,7 @@ from trysquare._constraints import Choice, Constraint, Flag, Integer, Number
 from trysquare._loss_aware import LossAware, rate
 from trysquare._optimizer import Entry, Group
 from trysquare._windows import Span, Window, spans, spread
-from trysquare.ops import blockwise8bit, clipping, moments
+from trysquare.ops import blockwise8bit, clipping, moments, projection
 from trysquare.ops import dolphinflow as projected
 from trysquare.ops import dolphinflow8bit as ops
 
@@ -260,13 +260,34 @@ class DolphinFlow8bit(LossAware):
 
     def _row_coefficients(self, group: Group, theta: Tensor, gradient: Tensor, scale: Tensor | None) -> Tensor:
         """How much of every row of θ the clipped gradient holds, shape (R,)."""
-        whole = self._chosen == "compiled"  # needs no scratch
-        workspace = self._workspace(theta.device)
+        whole = self._chosen == "compiled" or torch.compiler.is_compiling()  # needs no scratch
+        workspace, columns = self._workspace(theta.device), _batches.rows_and_columns(theta.shape)[1]
+        most = workspace // (4 * _batches.SCRATCH)
+        if columns > most and not whole:
+            rows = zip(theta.unbind(), gradient.unbind(), strict=True)
+            return torch.stack([self._coefficient_in_parts(*row, scale, max(1, most)) for row in rows])
         found = []
         for piece in _batches.pieces([[gradient], [theta]], workspace, "whole" if whole else "rows"):
             part, weights = piece.operands
             found.append(cast("Tensor", self._direction(group, "vector", weights, part, scale, torch.float32)[2]))
         return torch.cat([coefficient.reshape(-1) for coefficient in found])
+
+    def _coefficient_in_parts(self, w: Tensor, gradient: Tensor, scale: Tensor | None, most: int) -> Tensor:
+        """That of a row which alone is larger than the workspace."""
+        products = []
+        for span in spans(w.numel(), most, 1):
+            part, weights = (Window(x, span, 1).values for x in (gradient, w))
+            arguments = weights, projected.clipped(part, scale, torch.float32)
+            products.append(_backend.run(self._chosen, ops.products, *arguments))
+        return projection.coefficient(*torch.stack(products).sum(0))
+
+    def _sum_of_squares(self, gradient: Tensor) -> Tensor:
+        """Of a gradient that is not contiguous row by row, for as a whole it would be copied."""
+        if gradient.is_contiguous() or gradient.ndim < 2 or not gradient.numel() or torch.compiler.is_compiling():
+            return super()._sum_of_squares(gradient)
+        columns = _batches.rows_and_columns(gradient.shape)[1]
+        rows = max(1, self._workspace(gradient.device) // (16 * columns))
+        return torch.stack([super(DolphinFlow8bit, self)._sum_of_squares(part) for part in torch.split(gradient, rows)]).sum()
 
     def _move_window(
         self,

@@ -50,12 +50,13 @@ SMALL_WORKSPACE = 1 << 15
 CODED: Shapes = ((64, 64),)
 RAGGED: Shapes = ((67, 71), (4097,))
 WHOLE_BLOCKS: Shapes = ((10, 768),)
+LINES: Shapes = ((1, 5000), (5000, 1))
 SEVERAL: Shapes = ((64, 64), (12, 10), (64, 64), (7,), (4100,), (0, 3), (12, 10))
 SHAPES: tuple[Shapes, ...] = (
     PLACE["shapes"],
     RAGGED,
     WHOLE_BLOCKS,
-    ((1, 5000), (5000, 1)),
+    LINES,
     ((7, 3, 41, 9),),
     ((63, 65), (64, 64)),
     ((40, 24), (), (0, 5)),
@@ -148,6 +149,7 @@ def _quick_eager(core: Choice) -> Iterator[Choice]:
     yield from ({**core, "dtype": dtype} for dtype in ("bfloat16", "float16", "float64"))
     yield {**core, "shapes": RAGGED, "workspace_bytes": SMALL_WORKSPACE, "weight_decay": 0.5}
     yield {**core, "shapes": WHOLE_BLOCKS, "workspace_bytes": SMALL_WORKSPACE}
+    yield {**core, "shapes": LINES, "workspace_bytes": SMALL_WORKSPACE}
     yield {**core, "shapes": ((7, 3, 41, 9),), "layout": "transposed", "workspace_bytes": SMALL_WORKSPACE}
     yield {"shapes": SEVERAL, "inputs": "missing", "steps": 3}
     yield {"shapes": SEVERAL, "second_group": SECOND_GROUP, "gradient_clipping": 0.05, "steps": 2}

@@ -23,6 +23,12 @@ def direction(theta: Tensor, gradient: Tensor, scale: Tensor | None, coefficient
     return projection.subtract_(g.clone() if g is gradient else g, theta, coefficient)
 
 
+def products(w: Tensor, g: Tensor) -> Tensor:
+    """⟨w,g⟩ and ⟨w,w⟩ of a part of a row, shape (2,)."""
+    wide = w.float()
+    return torch.stack([(wide * g).sum(), (wide * wide).sum()])
+
+
 def average_(m: Tensor, g: Tensor, beta: Scalar, rest: Scalar) -> Tensor:
     """m ← β·m + rest·g. The rest is 1 − β, or 1; the difference of two float32 would miss it by several roundings."""
     return add_scaled_(m.mul_(beta), g, rest)
