@@ -62,6 +62,7 @@ class Averaging(BatchedOptimizer):
         """
         self._refuse_other_mode()
         self._refuse_other_betas()
+        self._settle()
         means = {} if not self._training else {id(p): self._mean(group, p) for group, p in self._schedule_free()}
         exported = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -104,12 +105,30 @@ class Averaging(BatchedOptimizer):
                 if self.state.get(parameter):
                     yield group, parameter
 
+    def _check_gradients(self) -> None:
+        self._settle()
+        super()._check_gradients()
+
+    def _settle(self) -> None:
+        for _, parameter in self._schedule_free() if self._training else ():
+            self._settle_y(parameter)
+
+    @torch.no_grad()
+    def _settle_y(self, parameter: Tensor) -> None:
+        """A model may have changed its dtype: in train mode y is in the state if, and only if, the parameter rounds."""
+        state = self.state[parameter]
+        if _rounded(parameter) and "y" not in state:
+            state["y"] = parameter.detach().to(torch.float32)
+        elif "y" in state and not _rounded(parameter):
+            parameter.copy_(state.pop("y"))
+
     @torch.no_grad()
     def _switch(self, *, train: bool) -> None:
         self._refuse_other_mode()
         if train == self._training:
             return
         self._refuse_other_betas()
+        self._settle()
         for group, parameter in self._schedule_free():
             (self._put_back if train else self._put_mean)(group, parameter)
         for group in self.param_groups:
@@ -140,6 +159,7 @@ class Averaging(BatchedOptimizer):
         """As in torch, with fingerprints of the trained and of the averaged weights in the groups."""
         self._refuse_other_mode()
         self._refuse_other_betas()
+        self._settle()
         for group in self.param_groups:
             group["fingerprints"] = self._fingerprints(group) if self._averages(group) else None
         return super().state_dict()

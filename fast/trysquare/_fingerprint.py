@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int32}  # 8 bytes as two words: the highest bit of one would be lost
 CHUNK = 1 << 20
 MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, without pattern: neighbouring places get unlike weights
 MASK = (1 << 63) - 1
@@ -30,7 +30,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
     """Σ bitsᵢ·wᵢ modulo 2⁶⁴ over all entries in order: integers, so that no order of summation matters."""
     total, place = 0, 1
     for tensor in tensors:
-        bits = tensor.detach().contiguous().view(BITS[tensor.element_size()]).flatten()
+        bits = tensor.detach().contiguous().flatten().view(BITS[tensor.element_size()])
         sums = []
         for chunk in torch.split(bits, CHUNK):
             weights = torch.arange(place, place + chunk.numel(), device=chunk.device).mul_(MULTIPLIER).bitwise_or_(1)

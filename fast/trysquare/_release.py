@@ -214,6 +214,8 @@ class Release(Steps):
             return
         if self.nonfinite == "raise" and not bool(gradient.isfinite().all()):
             raise RuntimeError(f"the gradient of {name} is not finite and nonfinite='raise'; it was not changed")
+        if self._averages(group) and self.state.get(parameter):
+            self._settle_y(parameter)
         state = self._state_of(group, parameter)
         batch = Batch(group, [parameter], [gradient], {entry: [tensor] for entry, tensor in state.items()})
         _batches.advance(batch.state["step"], None)
