@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from trysquare.ops import polar, polar_express
+from trysquare.ops import _symmetric, polar, polar_express
 from trysquare_conformance.behaviour import bits, normal
 from trysquare_conformance.budget import STORED, Budget, Wrap, assert_same, judge, measure
 from trysquare_conformance.lanes import LANES
@@ -79,6 +79,28 @@ def test_it_is_the_polynomial_of_the_singular_values(
     assert judge(allowed(u, form, iters), to_array(found)).right
     if dtype is torch.float64:
         assert_same(found, by_svd(u, iters), scale=1.0, operations=AMPLIFIED)
+
+
+@pytest.fixture(params=[3, 4, 8])
+def panels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Symmetric products by panels of this width, of matrices that would be too small for it."""
+    monkeypatch.setattr(_symmetric, "WIDTH", request.param)
+    monkeypatch.setattr(_symmetric, "SMALLEST", 2)
+
+
+@pytest.mark.usefixtures("panels")
+@shapes
+@both_forms
+@pytest.mark.parametrize("iters", [1, 5, 13])
+def test_symmetric_products_by_panels_stay_in_the_same_budget(shape: tuple[int, ...], form: str, iters: int) -> None:
+    u = normal(shape, 12)
+    assert judge(allowed(u, form, iters), to_array(factor(u, iters, form=form))).right
+
+
+def test_panels_are_for_large_matrices_on_a_cpu() -> None:
+    assert _symmetric.pays(torch.empty(1, _symmetric.SMALLEST, 2000))
+    assert not _symmetric.pays(torch.empty(1, _symmetric.SMALLEST - 1, 2000))
+    assert not _symmetric.pays(torch.empty(1, _symmetric.SMALLEST, 2000, device="meta"))
 
 
 @both_forms

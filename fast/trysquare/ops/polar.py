@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trysquare.ops import clipping
+from trysquare.ops import _symmetric, clipping
 from trysquare.ops._scalar import Scalar
 
 Coefficients = tuple[float, float, float]
@@ -95,13 +95,15 @@ def restarts(iters: int) -> tuple[int, ...]:
 
 
 def normalized(u: Tensor, safety_factor: Scalar, eps: Scalar) -> Tensor:
-    """u/((1 + safety)·max(‖u‖_F, ε)), the norm in float64 (where the device has it): no square leaves the range.
-
-    Nor does the norm: its root is divided by twice.
-    """
-    norm: Tensor = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True, dtype=clipping.wide_dtype(u.device))
-    root = ((1 + safety_factor) * norm.clamp(min=eps)).sqrt().to(u.dtype).clamp(min=torch.finfo(u.dtype).tiny)
-    return (u / root).div_(root)
+    """u/((1 + safety)·max(‖u‖_F, ε)). Divided by its largest entry first: then no square leaves the range."""
+    largest = torch.maximum(u.amax((-2, -1), keepdim=True), -u.amin((-2, -1), keepdim=True))
+    largest = torch.where(largest == 0, 1.0, largest)
+    x = u / largest
+    wide = clipping.wide_dtype(u.device)
+    rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=-2, keepdim=True, dtype=wide)
+    norm = torch.maximum(norm, eps / largest.to(wide)).clamp(min=1.0)  # which it is but for zero
+    return x.div_(((1 + safety_factor) * norm).to(x.dtype))
 
 
 def standard_form(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
@@ -114,8 +116,19 @@ def standard_form(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
 def quintic(x: Tensor, coefficients: Coefficients) -> Tensor:
     """aX + (bA + cA²)X with A = XXᵀ."""
     a, b, c = coefficients
+    if _symmetric.pays(x):
+        r, z = _symmetric.buffers(x, 2)
+        r.multiply_(_symmetric.rows(x), _symmetric.columns(x.mT))
+        return multiplied(z.add_multiple_(r, r, r, b, c).whole, x, a)
     gram = x @ x.mT
-    return torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return multiplied(torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, a)
+
+
+def multiplied(q: Tensor, x: Tensor, beta: float = 0.0) -> Tensor:
+    """βX + QX for a symmetric Q, laid out as X is: a tall matrix that is seen transposed stays contiguous."""
+    if x.stride(-1) <= x.stride(-2):
+        return torch.baddbmm(x, q, x, beta=beta)
+    return torch.baddbmm(x.mT, x.mT, q.mT, beta=beta).mT
 
 
 def gram_form(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
@@ -125,16 +138,18 @@ def gram_form(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
     X takes up at a restart and at the end.
     """
     starts = restarts(len(coefficients))
+    multiplier = _multiplier_by_panels if _symmetric.pays(x) else _multiplier
     for first, last in zip((0, *starts), (*starts, len(coefficients)), strict=True):
-        x = _multiplier(x @ x.mT, coefficients[first:last]) @ x
+        x = multiplied(multiplier(x, coefficients[first:last]), x)
     return x
 
 
-def _multiplier(r: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
-    """Q after iterations that start from R and Q = I."""
+def _multiplier(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+    """Q after iterations that start from R = XXᵀ and Q = I."""
+    r = x @ x.mT
     a, b, c = coefficients[0]
     z = torch.baddbmm(r, r, r, beta=b, alpha=c)
-    q = torch.add(z, torch.eye(r.shape[-1], dtype=r.dtype, device=r.device), alpha=a)
+    q = torch.add(z, _identity(r), alpha=a)
     for following in coefficients[1:]:
         rz = torch.baddbmm(r, r, z, beta=a)
         r = torch.baddbmm(rz, z, rz, beta=a)
@@ -142,3 +157,23 @@ def _multiplier(r: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
         z = torch.baddbmm(r, r, r, beta=b, alpha=c)
         q = torch.baddbmm(q, q, z, beta=a)
     return q
+
+
+def _multiplier_by_panels(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+    """The same, every product symmetric: those of polynomials in R commute."""
+    r, z, rz, q = _symmetric.buffers(x, 4)
+    r.multiply_(_symmetric.rows(x), _symmetric.columns(x.mT))
+    a, b, c = coefficients[0]
+    z.add_multiple_(r, r, r, b, c)
+    torch.add(z.whole, _identity(x), alpha=a, out=q.whole)
+    for following in coefficients[1:]:
+        rz.add_multiple_(r, r, z, a)
+        r.add_multiple_(rz, z, rz, a)
+        a, b, c = following
+        z.add_multiple_(r, r, r, b, c)
+        q, rz = rz.add_multiple_(q, q, z, a), q
+    return q.whole
+
+
+def _identity(x: Tensor) -> Tensor:
+    return torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
