@@ -39,7 +39,7 @@ def give_gradients(params: Sequence[Tensor], *, seed: int = 0, scale: float = 1.
 def normal(shape: tuple[int, ...], seed: int, index: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """A Gaussian tensor; each (seed, index) has its own."""
     values = np.random.default_rng((seed, index)).normal(size=shape)
-    return torch.as_tensor(values).to(dtype)
+    return torch.as_tensor(values).to(dtype).clone(memory_format=torch.contiguous_format)  # NumPy's empty ones are not
 
 
 def run(optimizer: Optimizer, steps: int, *, first: int = 0) -> None:

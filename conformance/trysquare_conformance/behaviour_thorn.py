@@ -12,8 +12,8 @@ from trysquare import THORN
 from trysquare._thorn_steps import rule_of
 from trysquare_conformance.behaviour import Shapes, parameters, written
 from trysquare_conformance.budget import STORED, Budget, Wrap, measure
-from trysquare_conformance.noise import BFLOAT16, FLOAT32, FLOAT64, Arithmetic, mixed
-from trysquare_conformance.snapshots import to_array
+from trysquare_conformance.noise import BFLOAT16, FLOAT32, FLOAT64, Arithmetic, Noisy, mixed
+from trysquare_conformance.snapshots import rounded, to_array
 from trysquare_reference import thorn as reference
 
 Group = dict[str, Any]
@@ -119,7 +119,8 @@ def budgets(
 ) -> dict[str, Budget]:
     """What a parameter and its state may be after these gradients, by the reference, from `held` or from weights."""
     hp = hyperparameters(group, parameter)
-    half = parameter.dtype in {torch.bfloat16, torch.float16}
+    own = str(parameter.dtype).removeprefix("torch.")
+    half = own in {"bfloat16", "float16"}
 
     def outputs(wrap: Wrap) -> dict[str, Any]:
         if isinstance(before, Mapping):
@@ -129,10 +130,11 @@ def budgets(
             state = reference.init(theta, hp, half=half)
         for gradient in gradients:
             theta, state = reference.release_step(theta, wrap(gradient), state, hp)
+            if half and isinstance(theta, Noisy):  # as in the lane each step ends with a rounding; exact stays exact
+                theta = wrap(rounded(theta, own))
         return {"parameter": theta, **{name: np.asarray(value) for name, value in state.items()}}
 
     wide = "float64" if parameter.dtype == torch.float64 else "float32"
-    own = str(parameter.dtype).removeprefix("torch.")
     counters = dict.fromkeys(("step", "lr_max", "weight_sum"), "float64")
     names = {"parameter": own, **counters}
     stored = {name: STORED[names.get(name, wide)] for name in outputs(np.asarray)}
