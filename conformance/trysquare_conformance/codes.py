@@ -7,6 +7,7 @@ distance that rounding would have to bridge, which the budget of the scaled valu
 
 import numpy as np
 
+from trysquare_conformance.budget import STORED
 from trysquare_conformance.case import Array
 from trysquare_reference import blockwise8bit
 
@@ -14,7 +15,8 @@ from trysquare_reference import blockwise8bit
 def nearest_point(codes: Array, s: Array, qmap: Array) -> Array:
     """The point of each code's interval that lies nearest to s.
 
-    The interval of an unsigned code 1 begins above 0: where s is 0 and code 1 was taken, the value of that code counts.
+    The interval of an unsigned code 1 begins above 0. Where s is 0 and code 1 was taken, a number counts that is larger
+    than what storing a 0 may add and smaller than any rounding error that makes a 0 positive.
 
     Examples:
         >>> q = blockwise8bit.dynamic_map(signed=True)
@@ -25,4 +27,4 @@ def nearest_point(codes: Array, s: Array, qmap: Array) -> Array:
     low, high = blockwise8bit.interval(index, qmap)
     point = np.minimum(np.maximum(s, low), high)
     zero_as_one = np.logical_and(s == 0, index == 1) if qmap[0] == 0 else np.zeros(s.shape, dtype=bool)
-    return np.asarray(np.where(zero_as_one, qmap[1], point))
+    return np.asarray(np.where(zero_as_one, 4 * STORED["float32"].smallest, point))

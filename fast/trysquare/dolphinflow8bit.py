@@ -287,7 +287,8 @@ class DolphinFlow8bit(LossAware):
             return super()._sum_of_squares(gradient)
         columns = _batches.rows_and_columns(gradient.shape)[1]
         rows = max(1, self._workspace(gradient.device) // (16 * columns))
-        return torch.stack([super(DolphinFlow8bit, self)._sum_of_squares(part) for part in torch.split(gradient, rows)]).sum()
+        parts = torch.split(gradient, rows)
+        return torch.stack([super(DolphinFlow8bit, self)._sum_of_squares(part) for part in parts]).sum()
 
     def _move_window(
         self,

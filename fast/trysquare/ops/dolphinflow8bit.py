@@ -16,11 +16,14 @@ def orthogonalized(gradient: Tensor, scale: Tensor | None, steps: int, eps: Scal
 
 
 def direction(theta: Tensor, gradient: Tensor, scale: Tensor | None, coefficient: Tensor | None) -> Tensor:
-    """g̃ in the dtype of θ: the gradient clipped, and projected off θ by what `row_coefficient` found."""
+    """g̃ in the dtype of θ: the gradient clipped, and projected off θ by what `row_coefficient` found.
+
+    Where that is 0 the gradient stays as it is, even beside infinite weights: 0 times those would be NaN.
+    """
     g = clipped(gradient, scale, theta.dtype)
     if coefficient is None:
         return g
-    return projection.subtract_(g.clone() if g is gradient else g, theta, coefficient)
+    return torch.where(coefficient == 0, g, projection.subtract_(g.clone(), theta, coefficient))
 
 
 def products(w: Tensor, g: Tensor) -> Tensor:
