@@ -4,9 +4,10 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,12 +16,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from trysquare_conformance import report
 from trysquare_conformance.case import TIERS
 
+if TYPE_CHECKING:
+    from trysquare_conformance.demo.comparison import Task
+
 app = typer.Typer(
     name="trysquare", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__
 )
+demos = typer.Typer()
+app.add_typer(demos, name="demo")
 Tier = StrEnum("Tier", {tier: tier for tier in TIERS})  # type: ignore[misc]  # the tiers are named once, in `case`
 Files = Annotated[Path | None, typer.Option(metavar="FILE", dir_okay=False)]
 LaneNames = Annotated[list[str] | None, typer.Option("--lane", metavar="NAME", help="a lane; may be given again")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, …: what torch.device takes")]
 Globs = Annotated[list[str] | None, typer.Option("--case", metavar="GLOB", help="case ids to run; may be given again")]
 
 
@@ -84,8 +91,9 @@ def plant_faults(
     raise typer.Exit(0 if outcomes and all(outcome.good for outcome in outcomes) else 1)
 
 
-@app.command()
+@demos.callback(invoke_without_command=True)
 def demo(
+    context: typer.Context,
     epochs: Annotated[int, typer.Option(min=1, help="full-batch steps of each run")] = 400,
     seed: Annotated[int, typer.Option(help="of the split and the initial weights")] = 0,
     picture: Files = None,
@@ -95,9 +103,57 @@ def demo(
 
     --picture draws the accuracies over the epochs, as .png or .svg; --json writes the numbers.
     """
-    from trysquare_conformance.demo import run_demo
+    if context.invoked_subcommand is None:
+        from trysquare_conformance.demo import run_demo
 
-    run_demo(epochs, seed, picture, json)
+        run_demo(epochs, seed, picture, json)
+
+
+@demos.command()
+def thorn(
+    steps: Annotated[int | None, typer.Option(min=1, help="of each run [default: 300; long: 5000]")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each optimizer")] = 1,
+    long: Annotated[bool, typer.Option("--long", help="the larger model, for a GPU")] = False,
+    device: Device = "cpu",
+    picture: Files = None,
+    json: Files = None,
+) -> None:
+    """Train a language model of Python's own library with AdamW, Muon beside AdamW, and THORN.
+
+    All have AdamW's learning rate, betas and decay. --picture draws the held-out losses; --json writes the numbers.
+    """
+    from trysquare_conformance.demo.text import LONG, SHORT
+
+    task, usual = (LONG, 5000) if long else (SHORT, 300)
+    _compare(replace(task, device=device), "thorn --long" if long else "thorn", steps or usual, seeds, picture, json)
+
+
+@demos.command()
+def digits(
+    steps: Annotated[int, typer.Option(min=1, help="of each run")] = 400,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each optimizer")] = 3,
+    device: Device = "cpu",
+    picture: Files = None,
+    json: Files = None,
+) -> None:
+    """Train a convolutional network on scikit-learn's digits with the same optimizers.
+
+    Needs the extra `digits`. --picture draws the held-out losses; --json writes the numbers.
+    """
+    from trysquare_conformance.demo.digits import Digits
+
+    _compare(Digits(device=device), "digits", steps, seeds, picture, json)
+
+
+def _compare(task: "Task", name: str, steps: int, seeds: int, picture: Path | None, json: Path | None) -> None:
+    """Run a comparison, or say in one line what it lacks."""
+    from trysquare_conformance.demo.comparison import compare as run
+
+    command = f"trysquare demo {name} --steps {steps} --seeds {seeds} --device {task.device}"
+    try:
+        run(task, steps, seeds, command, picture, json)
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @app.command()

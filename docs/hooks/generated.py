@@ -80,8 +80,17 @@ def logits() -> str:
 
 def command_line() -> str:
     """The help texts of `trysquare` and of each of its commands, as they print."""
-    commands = ["", *typer.main.get_group(cli.app).commands]
+    commands = ["", *command_names(typer.main.get_group(cli.app))]
     return "\n\n".join(f"## trysquare {name}\n\n```text\n{help_text(name)}\n```" for name in commands)
+
+
+def command_names(group: Any) -> list[str]:
+    """The commands of a group, those of its groups after them."""
+    names = []
+    for name, command in group.commands.items():
+        below = command_names(command) if hasattr(command, "commands") else []
+        names += [name, *(f"{name} {further}" for further in below)]
+    return names
 
 
 def help_text(command: str) -> str:
