@@ -16,8 +16,8 @@ def decoupled_decay_(theta: Tensor, lr: Scalar, weight_decay: Scalar) -> Tensor:
 def cautious_decay_(u: Tensor, theta: Tensor, weight_decay: Scalar) -> Tensor:
     """u ← u + λθ where u does not point away from zero: where u = 0 or θ = 0 or their signs agree.
 
-    With s the sign of u, θ − s·min(sθ, 0) is θ there and, for finite θ, exactly 0 elsewhere. It is the sign that is multiplied, as u·θ
-    can underflow; and nothing is selected by a mask, which on a CPU takes six times as long as all of this.
+    With s the sign of u, θ − s·min(sθ, 0) is θ there and, for finite θ, exactly 0 elsewhere. It is the sign that is
+    multiplied, as u·θ can underflow; and nothing is selected by a mask, which on a CPU takes six times as long.
     """
     if not isinstance(weight_decay, Tensor) and weight_decay == 0:
         return u
