@@ -226,20 +226,26 @@ def _quick_matrices(ortho: Choice) -> Iterator[Choice]:
 def allowed(choice: Choice) -> bool:
     """Whether the format can hold the inputs, names are there to exclude, and a policy has a norm of all gradients.
 
-    What is far below eps is left out: row norms there are products that underflow, and whether one is zero or nearly so
-    decides whether a weight decays.
+    Two more are left out, in which nothing but rounding decides whether a weight decays: see below.
     """
-    dtypes = inputs.KINDS[choice.get("inputs", "gaussian")].dtypes
-    released = choice.get("release") or choice.get("formula", {}).get("release")
-    dtype = choice.get("dtype") or choice.get("formula", {}).get("dtype", dtypes[0])
+    kind = inputs.KINDS[choice.get("inputs", "gaussian")]
     named = not choice.get("exclude") or choice.get("kind", "model") == "model"
-    tiny = choice.get("inputs") in {"gradient-1e-30", "both-tiny", "subnormal"} and choice.get("eps", 1e-8) > 1e-8
-    return (
-        dtype in dtypes
-        and named
-        and not tiny
-        and not (released and choice.get("nonfinite", "propagate") != "propagate")
-    )
+    judged = not choice.get("release") or choice.get("nonfinite", "propagate") == "propagate"
+    held = choice.get("dtype", kind.dtypes[0]) in kind.dtypes
+    return held and named and judged and not _underflows(choice) and not _cancels(choice)
+
+
+def _underflows(choice: Choice) -> bool:
+    """Far below eps a row norm is a product that underflows, and X is zero or nearly so."""
+    normalizes = choice.get("kind") in {"ortho", "batched", "model"} and choice.get("betas", (0, 0))[1] > 0
+    below = choice.get("inputs") in {"gradient-1e-30", "both-tiny"} and choice.get("eps", 1e-8) > 1e-8
+    return normalizes and (below or choice.get("inputs") == "subnormal")
+
+
+def _cancels(choice: Choice) -> bool:
+    """Without second moment every update of a window is a sign, and their sum is zero or nearly so."""
+    signs = choice.get("kind") in {"free", "adam", "model"} and choice.get("betas", (0, 0.9))[1] == 0
+    return signs and choice.get("release", 0) > 1
 
 
 @cache
