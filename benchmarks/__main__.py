@@ -1,10 +1,17 @@
-"""`python -m benchmarks [cpu | demo | tables]`; without a name, `cpu`."""
+"""`python -m benchmarks [cpu | thorn | demo | text | digits | tables]`; without a name, `cpu`."""
 
 import sys
 
-from benchmarks import cpu, demo, tables
+from benchmarks import cpu, demo, tables, thorn
 
-COMMANDS = {"cpu": cpu.main, "demo": demo.main, "tables": tables.main}
+COMMANDS = {
+    "cpu": cpu.main,
+    "thorn": thorn.main,
+    "demo": demo.main,
+    "text": demo.text,
+    "digits": demo.digits,
+    "tables": tables.main,
+}
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from trysquare_conformance.demo import comparison as trained
 from trysquare_conformance.demo import percent
 
 MARK = re.compile(r"(?P<begin><!-- table: (?P<name>\w+) -->\n)(?P<body>.*?)(?P<end><!-- /table -->)", re.DOTALL)
@@ -83,7 +84,39 @@ def mebibytes(row: dict[str, Any]) -> str:
     return f"{row['peak_bytes'] / MEBIBYTE:.1f}"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "cpu": cpu}
+def thorn(result: dict[str, Any]) -> str:
+    """Steps, ratios, and how near the polar factors are."""
+    steps = markdown(("", "ms"), [[row["name"], f"{row['median_ms']:.1f}"] for row in result["rows"]], 1)
+    bars = markdown(("ratio", "measured", "wanted"), [bar_row(row) for row in result["bars"]], 2)
+    head = ("matrix", "form", "THORN's polar error", "Muon's")
+    errors = markdown(head, [polar_row(row) for row in result["polar_errors"]], 2)
+    note = (
+        f"Medians of {result['rounds']} interleaved rounds on {result['threads']} threads; "
+        f"{result['matrix_parameters']:,} parameters in matrices, {result['parameters']:,} in all. Polar error: "
+        "relative Frobenius distance to the polar factor of the singular value decomposition. "
+        f"{machine_line(result)}.\n"
+    )
+    return f"{steps}\n{bars}\n{errors}\n{note}"
+
+
+def polar_row(row: dict[str, Any]) -> list[str]:
+    rows, columns = row["shape"]
+    return [f"{rows} × {columns}", row["form"], f"{row['thorn']:.4f}", f"{row['muon']:.4f}"]
+
+
+def comparison(result: dict[str, Any]) -> str:
+    """A line for each optimizer and kind of weights."""
+    table = markdown(trained.HEAD, [trained.cells(row) for row in result["rows"]], 3)
+    return f"{table}\n{trained.note(result)} {machine_line(result)}.\n"
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "demo": demo,
+    "cpu": cpu,
+    "thorn": thorn,
+    "text": comparison,
+    "digits": comparison,
+}
 
 
 def body(name: str) -> str:

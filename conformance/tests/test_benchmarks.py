@@ -16,7 +16,7 @@ RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The package, which lives beside the sources and is not installed."""
     monkeypatch.syspath_prepend(str(ROOT))
-    for module in ("timing", "tables", "results", "gpt2"):
+    for module in ("timing", "tables", "results", "gpt2", "thorn"):
         importlib.import_module(f"benchmarks.{module}")
     return importlib.import_module("benchmarks")
 
@@ -71,3 +71,16 @@ def test_peak_memory_counts_what_is_held_at_once(benchmarks: ModuleType) -> None
 def test_a_ratio_compares_within_rounds(benchmarks: ModuleType) -> None:
     times = benchmarks.timing.Times
     assert times((2.0, 20.0, 6.0)).over(times((1.0, 10.0, 2.0))) == 2
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason=f"torch {torch.__version__} has no torch.optim.Muon")
+def test_muons_polar_factor_is_read_off_its_step(benchmarks: ModuleType) -> None:
+    """Orthogonal up to what five quintics leave, wide or tall: its singular values lie around 1."""
+    for shape in ((1, 20, 60), (1, 60, 20)):
+        sigma = torch.linalg.svdvals(benchmarks.thorn.muons(torch.randn(shape)))
+        assert 0.5 < sigma.min() < sigma.max() < 1.5
+
+
+def test_thorn_and_its_rivals_step_the_same_parameters(benchmarks: ModuleType) -> None:
+    assert sum(rows * columns for rows, columns in benchmarks.thorn.MATRICES) == 14_155_776
+    assert sum(u.numel() for u in benchmarks.thorn.batches()) == 14_155_776

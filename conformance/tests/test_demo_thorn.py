@@ -112,6 +112,7 @@ def test_the_models_have_one_to_three_million_parameters(task: Text, low: float,
 
 @needs_digits
 def test_the_convolutional_network_learns_digits() -> None:
+    """THORN later than AdamW: its matrices move by a fifth of AdamW's lr a step."""
     result = compare(Digits(), 60, 1, "a command", console=Console(quiet=True))
     for row in result["rows"]:
         assert row["accuracy"][0] > 0.5

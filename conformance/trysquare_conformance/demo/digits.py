@@ -50,7 +50,7 @@ class Digits:
             from sklearn.datasets import load_digits
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "the digits come with scikit-learn, which is not installed: pip install 'trysquare[verify,digits]'"
+                f"scikit-learn has the digits; {error.name} is missing: pip install 'trysquare[verify,digits]'"
             ) from error
         pixels, labels = load_digits(return_X_y=True)
         shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
