@@ -60,8 +60,8 @@ def dequantize(codes: Tensor, absmax: Tensor, qmap: Tensor) -> Tensor:
 
 
 def lookup(table: Tensor, codes: Tensor) -> Tensor:
-    """The entry of a table for each code."""
-    return table[codes.to(torch.int32)]
+    """The entry of a table for each code. Selecting takes an eighth of the time of indexing on a CPU."""
+    return table.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
 
 
 def block_absmax(x: Tensor) -> Tensor:
@@ -70,9 +70,13 @@ def block_absmax(x: Tensor) -> Tensor:
 
 
 def scaled(x: Tensor, absmax: Tensor) -> Tensor:
-    """x over the scale of its block; 0 where that is 0 or not finite."""
-    usable = ((absmax > 0) & (absmax < float("inf"))).unsqueeze(-1)
-    return torch.where(usable, x / torch.where(usable, absmax.unsqueeze(-1), 1.0), 0.0)
+    """x over the scale of its block; 0 where that is 0 or not finite.
+
+    There x is divided by infinity, which leaves NaN of NaN and infinities alone. (A choice for each entry would take
+    forty times as long on a CPU.)
+    """
+    usable = (absmax > 0) & (absmax < float("inf"))
+    return (x / torch.where(usable, absmax, float("inf")).unsqueeze(-1)).nan_to_num_(0.0)
 
 
 def quantize_signed(x: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +84,7 @@ def quantize_signed(x: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
     absmax = block_absmax(x)
     s = scaled(x, absmax)
     place = place_on_lines(s.abs(), 1)
-    first = torch.where(s < 0, SIGNED_ZERO - 2 - place, SIGNED_ZERO + 1 + place)
+    first = torch.copysign(place.add_(1.5), s).add_(SIGNED_ZERO - 0.5)  # 128 + place, or 125 - place where s < 0
     return step_up(s, first, bounds), absmax
 
 
@@ -88,8 +92,9 @@ def quantize_unsigned(x: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of values that are not negative; a positive one never takes code 0."""
     absmax = block_absmax(x)
     s = scaled(x, absmax)
-    codes = step_up(s, UNSIGNED_ZERO + 1 + place_on_lines(s, 2), bounds)
-    return torch.where((x > 0) & (absmax < float("inf")).unsqueeze(-1), codes.clamp(min=1), codes), absmax
+    codes = step_up(s, place_on_lines(s, 2).add_(UNSIGNED_ZERO + 1), bounds)
+    positive = (x > 0) & (absmax < float("inf")).unsqueeze(-1)
+    return torch.maximum(codes, positive.to(torch.uint8)), absmax
 
 
 def place_on_lines(s: Tensor, cells: int) -> Tensor:
@@ -100,18 +105,17 @@ def place_on_lines(s: Tensor, cells: int) -> Tensor:
     """
     lowest = _line(s, 0, cells)
     for i in range(1, DECADES):
-        lowest = torch.minimum(lowest, _line(s, i, cells))
-    return lowest.floor().clamp(min=-1)
+        lowest = lowest.clamp_(max=_line(s, i, cells))
+    return lowest.floor_().clamp_(min=-1)
 
 
 def _line(s: Tensor, i: int, cells: int) -> Tensor:
     """The codes below 10^(i-6)·[0.1, 1], and of these the part up to s."""
     n: int = cells * 2**i
-    return s * (10.0 ** (DECADES - 1 - i) * n / 0.9) + (n - cells - 0.1 * n / 0.9 - BELOW)
+    return (s * (10.0 ** (DECADES - 1 - i) * n / 0.9)).add_(n - cells - 0.1 * n / 0.9 - BELOW)
 
 
 def step_up(s: Tensor, first: Tensor, bounds: Tensor) -> Tensor:
     """The code of s, which is ``first`` or the next: one comparison with the boundary between them decides."""
-    code = first.clamp(0, 255).to(torch.int32)
-    above = s > lookup(bounds, code)
-    return torch.add(code, above).to(torch.uint8)
+    code = first.clamp_(0, 255).to(torch.uint8)
+    return code.add_(s > lookup(bounds, code))
