@@ -13,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch.nn import functional as F
 
 import trysquare
-from trysquare.ops import clipping, moments, polar, projection
+from trysquare.ops import clipping, moments, polar, polar_express, projection
 
 ROWS, COLUMNS = 3072, 768
 ROTATED = 8  # together larger than a cache
@@ -57,6 +57,13 @@ def test_norm(benchmark: BenchmarkFixture, matrices: list[Iterator[torch.Tensor]
 def test_newton_schulz(benchmark: BenchmarkFixture) -> None:
     updates = rotated((1, COLUMNS, COLUMNS), 0)
     factor = benchmark(lambda: polar.newton_schulz(next(updates), 2, 1e-8))
+    assert bool(factor.isfinite().all())
+
+
+@pytest.mark.parametrize("rows", [COLUMNS, ROWS])
+def test_polar_factor(benchmark: BenchmarkFixture, rows: int) -> None:
+    updates, table = rotated((1, rows, COLUMNS), 0), polar_express.DEFAULT_COEFFICIENTS
+    factor = benchmark(lambda: polar.polar_factor(next(updates), table, 0.02, 1e-8))
     assert bool(factor.isfinite().all())
 
 
