@@ -226,13 +226,13 @@ def _quick_matrices(ortho: Choice) -> Iterator[Choice]:
 def allowed(choice: Choice) -> bool:
     """Whether the format can hold the inputs, names are there to exclude, and a policy has a norm of all gradients.
 
-    Two more are left out, in which nothing but rounding decides whether a weight decays: see below.
+    Three more are left out, in which nothing but rounding decides whether a weight decays: see below.
     """
     kind = inputs.KINDS[choice.get("inputs", "gaussian")]
     named = not choice.get("exclude") or choice.get("kind", "model") == "model"
     judged = not choice.get("release") or choice.get("nonfinite", "propagate") == "propagate"
     held = choice.get("dtype", kind.dtypes[0]) in kind.dtypes
-    return held and named and judged and not _underflows(choice) and not _cancels(choice)
+    return held and named and judged and not (_underflows(choice) or _cancels(choice) or _leaps(choice))
 
 
 def _underflows(choice: Choice) -> bool:
@@ -246,6 +246,16 @@ def _cancels(choice: Choice) -> bool:
     """Without second moment every update of a window is a sign, and their sum is zero or nearly so."""
     signs = choice.get("kind") in {"free", "adam", "model"} and choice.get("betas", (0, 0.9))[1] == 0
     return signs and choice.get("release", 0) > 1
+
+
+def _leaps(choice: Choice) -> bool:
+    """In half precision many signs of X are uncertain; what decays with them must be small beside the error of X.
+
+    Sixteen draws miss some of the entries whose sign can flip, and an answer on the other side must not be far away.
+    """
+    half = choice.get("kind") in {"ortho", "batched", "model"} and choice.get("matmul_dtype", "float32") != "float32"
+    large = choice.get("inputs") in {"weights-1e30", "many-scales"} or choice.get("lr", 0.0) > 1
+    return half and (large or choice.get("weight_decay", 0.0) > 0.1)
 
 
 @cache
