@@ -44,7 +44,10 @@ def test_every_snippet_runs(snippet: str) -> None:
     assert "import" in snippet, "a snippet must be complete: a reader pastes it as it stands"
 
 
-@pytest.mark.parametrize("row", rows(DOCS / "differences.md", "what"), ids=lambda row: row[0][:40])
+DIFFERENCES = [row for page in sorted(DOCS.glob("differences*.md")) for row in rows(page, "what")]
+
+
+@pytest.mark.parametrize("row", DIFFERENCES, ids=lambda row: row[0][:40])
 def test_each_difference_names_a_test_that_exists(row: list[str]) -> None:
     named = re.findall(r"`(\S+\.py)::(test_\w+)`", row[-1])
     assert named, f"no test holds the row {row[0]!r}"
