@@ -87,8 +87,8 @@ def chosen_form(shape: tuple[int, int]) -> str:
 
 
 def batches() -> list[torch.Tensor]:
-    """The matrices as THORN steps them: those of one shape together."""
-    return [torch.randn(MATRICES.count(shape), *shape) for shape in dict.fromkeys(MATRICES)]
+    """The matrices as THORN steps them: so large ones each in a batch of its own."""
+    return [torch.randn(1, *shape) for shape in MATRICES]
 
 
 def matrix_actions() -> dict[str, timing.Action]:
