@@ -1,11 +1,12 @@
-"""`python -m benchmarks [cpu | thorn | demo | text | digits | tables]`; without a name, `cpu`."""
+"""`python -m benchmarks [cpu | eightbit | thorn | demo | text | digits | tables]`; without a name, `cpu`."""
 
 import sys
 
-from benchmarks import cpu, demo, tables, thorn
+from benchmarks import cpu, demo, eightbit, tables, thorn
 
 COMMANDS = {
     "cpu": cpu.main,
+    "eightbit": eightbit.main,
     "thorn": thorn.main,
     "demo": demo.main,
     "text": demo.text,

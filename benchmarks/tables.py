@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import eightbit, results
 from trysquare_conformance.demo import comparison as trained
 from trysquare_conformance.demo import percent
 
@@ -110,9 +110,23 @@ def comparison(result: dict[str, Any]) -> str:
     return f"{table}\n{trained.note(result)} {machine_line(result)}.\n"
 
 
+def eight(result: dict[str, Any]) -> str:
+    """Steps, state and scratch."""
+    head = ("", "ms", f"× {eightbit.ADAMW8BIT}", "state, bytes a parameter", "of 32 bits", "scratch, MiB")
+    steps = markdown(head, [eightbit.table_row(row, result["parameters"]) for row in result["rows"]], 5)
+    bars = markdown(("ratio", "measured", "wanted"), [bar_row(row) for row in result["bars"]], 2)
+    note = (
+        f"Medians of {result['rounds']} interleaved rounds on {result['threads']} threads over "
+        f"{result['parameters']:,} float32 parameters; ratios within rounds. State is counted from its tensors. "
+        f"{machine_line(result)}.\n"
+    )
+    return f"{steps}\n{bars}\n{note}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "cpu": cpu,
+    "eightbit": eight,
     "thorn": thorn,
     "text": comparison,
     "digits": comparison,

@@ -7,7 +7,6 @@ Both sides are run, so that a row is neither invented nor outlived by the packag
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import subprocess
 import sys
@@ -34,6 +33,15 @@ def package() -> Maker:
     if reason:
         pytest.skip(reason)
     return originals.dolphinflow()
+
+
+@pytest.fixture(scope="module")
+def package_8bit() -> Maker:
+    """Its 8-bit class, with the bitsandbytes that it needs."""
+    reason = originals.missing() or originals.without_bitsandbytes()
+    if reason:
+        pytest.skip(reason)
+    return originals.dolphinflow8bit()
 
 
 def stepped(
@@ -198,7 +206,31 @@ def test_importing_everything_needs_no_other_package(package: Maker) -> None:
     code = "from dolphinflow import *; print(DolphinFlow.__module__)"
     ours = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert ours.stdout.strip() == "trysquare.dolphinflow"
-    if importlib.util.find_spec("bitsandbytes") is None:
-        path = {**os.environ, "PYTHONPATH": os.environ[originals.VARIABLE]}
-        theirs = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, env=path)
-        assert "has no attribute 'DolphinFlow8bit'" in theirs.stderr
+    without = f"import sys; sys.modules['bitsandbytes'] = None; {code}"
+    path = {**os.environ, "PYTHONPATH": os.environ[originals.VARIABLE]}
+    theirs = subprocess.run([sys.executable, "-c", without], check=False, capture_output=True, text=True, env=path)
+    assert "has no attribute 'DolphinFlow8bit'" in theirs.stderr
+
+
+@pytest.mark.parametrize("adaptive_lr", [True, False])
+def test_the_8bit_version_takes_a_step(package_8bit: Maker, adaptive_lr: bool) -> None:
+    """Theirs calls functions that bitsandbytes does not have."""
+    weights = torch.ones(64, 64)
+    with pytest.raises(AttributeError, match=r"adamw_8bit|sgd_8bit"):
+        stepped(package_8bit, weights, weights.tril(), adaptive_lr=adaptive_lr)
+    ours, _ = stepped(trysquare.DolphinFlow8bit, weights, weights.tril(), adaptive_lr=adaptive_lr)
+    assert not torch.equal(ours, weights)
+
+
+def test_the_8bit_state_has_8_bits(package_8bit: Maker) -> None:
+    """What theirs makes before it fails is as large as the parameter."""
+    p = torch.nn.Parameter(torch.ones(64, 64))
+    p.grad = torch.ones(64, 64)
+    theirs = package_8bit([p])
+    with pytest.raises(AttributeError):
+        theirs.step()
+    (their_state,) = theirs.state.values()
+    assert {their_state[name].dtype for name in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+    _, optimizer = stepped(trysquare.DolphinFlow8bit, torch.ones(64, 64), torch.ones(64, 64))
+    (our_state,) = optimizer.state.values()
+    assert {our_state[name].dtype for name in ("state1", "state2")} == {torch.uint8}

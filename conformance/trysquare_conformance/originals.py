@@ -46,16 +46,30 @@ def dolphinflow() -> Callable[..., torch.optim.Optimizer]:
     Raises:
         ModuleNotFoundError: With the reason that `missing` gives.
     """
+    return _loaded("dolphinflow", "DolphinFlow")
+
+
+def dolphinflow8bit() -> Callable[..., torch.optim.Optimizer]:
+    """The class `DolphinFlow8bit` of the published package, likewise.
+
+    Raises:
+        ImportError: The package or bitsandbytes, which it needs, is nowhere.
+    """
+    bitsandbytes()
+    return _loaded("dolphinflow_8bit", "DolphinFlow8bit")
+
+
+def _loaded(file: str, name: str) -> Callable[..., torch.optim.Optimizer]:
     home = _home()
     if home is None:
         raise ModuleNotFoundError(missing())
-    path = home / "dolphinflow" / "dolphinflow.py"
-    spec = importlib.util.spec_from_file_location("original_dolphinflow", path)
+    path = home / "dolphinflow" / f"{file}.py"
+    spec = importlib.util.spec_from_file_location(f"original_{file}", path)
     if spec is None or spec.loader is None:
         raise ModuleNotFoundError(f"cannot load {path}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    original: Callable[..., torch.optim.Optimizer] = module.DolphinFlow
+    original: Callable[..., torch.optim.Optimizer] = getattr(module, name)
     return original
 
 

@@ -117,5 +117,5 @@ def _line(s: Tensor, i: int, cells: int) -> Tensor:
 
 def step_up(s: Tensor, first: Tensor, bounds: Tensor) -> Tensor:
     """The code of s, which is ``first`` or the next: one comparison with the boundary between them decides."""
-    code = first.clamp_(0, 255).to(torch.uint8)
-    return code.add_(s > lookup(bounds, code))
+    code = first.clamp_(0, 255).to(torch.int32)  # inductor takes longer over arithmetic of 8 bits
+    return code.add_(s > lookup(bounds, code)).to(torch.uint8)
