@@ -160,11 +160,20 @@ def quick() -> Iterator[Case]:
     yield case("quick", **{**free, "dtype": "bfloat16"})
     for kind in ("ortho", "free", "adam"):
         yield case("quick", **{**(ortho if kind == "ortho" else free), "kind": kind, "release": 2, "steps": 5})
-    yield from (case("quick", COMPILED_LAST, **choice) for choice in _quick_eager(ortho, free))
+    for choice in _rules(ortho, free):
+        yield case("quick", *([COMPILED_LAST] if _recompiles(choice) else []), **choice)
 
 
-def _quick_eager(ortho: Choice, free: Choice) -> Iterator[Choice]:
-    """The rest of the rules and dtypes, each of which would be a compilation of its own."""
+def _recompiles(choice: Choice) -> bool:
+    """Whether a case would be a compilation of its own; other settings are numbers that a compiled update is given."""
+    static = {"matmul_dtype", "iters", "lower_bound", "safety_factor", "coefficients", "layout", "workspace_bytes"}
+    return (
+        not static.isdisjoint(choice) or choice.get("dtype", "float32") != "float32" or 0.0 in choice.get("betas", ())
+    )
+
+
+def _rules(ortho: Choice, free: Choice) -> Iterator[Choice]:
+    """The rest of the rules and dtypes."""
     yield from _quick_matrices(ortho)
     for changes in (
         {"dtype": "float16", "betas": (0.0, 0.9)},
