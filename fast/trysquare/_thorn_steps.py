@@ -181,10 +181,13 @@ def rule_of(group: Group, parameter: Tensor) -> ops.Rule:
     return ops.Rule(table, float(group["safety_factor"]), dtype, form)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _solved(iters: int, lower_bound: float, safety_factor: float, cushion: float) -> tuple[polar.Coefficients, ...]:
     """The Polar Express's coefficients; a trace of the whole step takes them as they are."""
     return polar_express.coefficients(iters, lower_bound, safety_factor, cushion)
+
+
+# what `torch.compiler.assume_constant_result` does, which would import the compiler with the package
+_solved._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def per_slice(values: Tensor, like: Tensor) -> Tensor:
