@@ -81,7 +81,7 @@ def moved(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.
 @pytest.mark.parametrize("snippet", README_SNIPPETS, ids=[f"README-{i}" for i in range(len(README_SNIPPETS))])
 def test_every_snippet_of_the_readme_runs(snippet: str) -> None:
     names = run(snippet)
-    assert isinstance(names["optimizer"], trysquare.DolphinFlow | trysquare.DolphinFlow8bit)
+    assert isinstance(names["optimizer"], trysquare.DolphinFlow | trysquare.DolphinFlow8bit | trysquare.THORN)
 
 
 def test_basic_usage_gives_an_optimizer_that_trains() -> None:
