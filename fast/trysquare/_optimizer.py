@@ -43,6 +43,9 @@ class BatchedOptimizer(Optimizer):
     _constraints: ClassVar[Mapping[str, Constraint]]
     """What each hyperparameter of a group may be."""
 
+    _entries: ClassVar[tuple[str, ...]]
+    """Every name that a state may have; `_layout` says which of them a parameter's has."""
+
     _required: ClassVar[frozenset[str]] = frozenset()
     """Hyperparameters without a default: every group must say."""
 
@@ -213,41 +216,52 @@ class BatchedOptimizer(Optimizer):
         )
 
     def _batches(self, group: Group, traced: bool) -> list[Batch]:
-        names = self._state_names(group)
         positions: list[int] = []
+        held: list[str] = []
         parameters: list[Tensor] = []
         gradients: list[Tensor] = []
-        states: list[list[Tensor]] = [[] for _ in names]
-        self._init_group(group, traced, positions, parameters, gradients, *states)
+        states: list[list[Tensor]] = [[] for _ in self._entries]
+        self._init_group(group, traced, positions, held, parameters, gradients, *states)
         if traced:
-            return [
-                Batch(group, [p], [gradients[i]], {n: [s[i]] for n, s in zip(names, states, strict=True) if n in held})
-                for i, p in enumerate(parameters)
-                for held in [self._layout(group, p)]
-            ]
+            return [self._batch(group, [i], held, parameters, gradients, states) for i in range(len(parameters))]
         together: dict[int, list[int]] = {}
         bucket_of = self._plan(group)
         for i, position in enumerate(positions):
             together.setdefault(bucket_of[position], []).append(i)
-        batches = []
-        for members in together.values():
-            held = self._layout(group, parameters[members[0]])
-            state = {name: [s[i] for i in members] for name, s in zip(names, states, strict=True) if name in held}
-            batches.append(Batch(group, [parameters[i] for i in members], [gradients[i] for i in members], state))
-        return batches
+        everything = held, parameters, gradients, states
+        return [self._batch(group, members, *everything) for members in together.values()]
+
+    def _batch(
+        self,
+        group: Group,
+        members: list[int],
+        held: list[str],
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        states: list[list[Tensor]],
+    ) -> Batch:
+        names = held[members[0]].split()
+        state = {
+            name: [tensors[i] for i in members]
+            for name, tensors in zip(self._entries, states, strict=True)
+            if name in names
+        }
+        return Batch(group, [parameters[i] for i in members], [gradients[i] for i in members], state)
 
     def _init_group(
         self,
         group: Group,
         check: bool,
         positions: list[int],
+        held: list[str],
         parameters: list[Tensor],
         gradients: list[Tensor],
         *states: list[Tensor],
     ) -> None:
         """Fill the lists with what has a gradient; new parameters get their state.
 
-        The lists are parallel: where a parameter has no entry of a name, its ``step`` stands in.
+        The lists are parallel, one of states for each of `_entries`: ``held`` says which of them a parameter has, and
+        its ``step`` stands in for the others.
         torch.compile knows a method of this name and runs it outside the trace: the first step needs no graph of its
         own, and the checks of a traced step stand here.
         """
@@ -260,9 +274,10 @@ class BatchedOptimizer(Optimizer):
                 continue
             state = self._state_of(group, parameter)
             positions.append(position)
+            held.append(" ".join(state))
             parameters.append(parameter)
             gradients.append(parameter.grad)
-            for name, tensors in zip(self._state_names(group), states, strict=True):
+            for name, tensors in zip(self._entries, states, strict=True):
                 tensors.append(state[name if name in state else "step"])
 
     def _state_of(self, group: Group, parameter: Tensor) -> dict[str, Tensor]:
@@ -274,10 +289,6 @@ class BatchedOptimizer(Optimizer):
             if state[name].device != parameter.device or state[name].dtype != entry.dtype:
                 state[name] = state[name].to(parameter.device, entry.dtype)
         return {name: state[name] for name in layout}
-
-    def _state_names(self, group: Group) -> list[str]:
-        """Every name that a state in this group may have."""
-        return list(self._layout(group, group["params"][0])) if group["params"] else []
 
     def _new_state(self, group: Group, parameter: Tensor) -> dict[str, Tensor]:
         layout = self._layout(group, parameter)

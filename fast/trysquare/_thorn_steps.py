@@ -101,12 +101,13 @@ class Steps(Averaging):
     def _weighed(self, batch: Batch, finite: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Rate, share in the mean and pull of every member; the counters of the mean are brought up to date."""
         group, state = batch.group, batch.state
-        past = torch.stack(state["lr_max"]), torch.stack(state["weight_sum"])
+        lr_max, weight_sum = torch.stack(state["lr_max"]), torch.stack(state["weight_sum"])
         rate = self._rates(group, torch.stack(state["step"]))
-        *now, share = schedule_free.weigh(rate, *past)
+        highest, total, share = schedule_free.weigh(rate, lr_max, weight_sum)
         if finite is not None:
-            now = [torch.where(finite.to(new.device), new, old) for new, old in zip(now, past, strict=True)]
-        torch._foreach_copy_([*state["lr_max"], *state["weight_sum"]], [*now[0].unbind(), *now[1].unbind()])
+            moves = finite.to(rate.device)
+            highest, total = torch.where(moves, highest, lr_max), torch.where(moves, total, weight_sum)
+        torch._foreach_copy_([*state["lr_max"], *state["weight_sum"]], [*highest.unbind(), *total.unbind()])
         return rate, share, schedule_free.pull(rate, share, group["betas"][0])
 
     def _corrections(self, batch: Batch) -> Tensor:

@@ -89,6 +89,7 @@ class DolphinFlow(LossAware):
         "project": Choice(("gradient", "update")),
         "bias_correction": Flag(),
     }
+    _entries: ClassVar[tuple[str, ...]] = ("step", "momentum_buffer", "exp_avg_sq")
 
     def __init__(
         self,

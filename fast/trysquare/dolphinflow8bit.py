@@ -110,6 +110,7 @@ class DolphinFlow8bit(LossAware):
         "loss_aware_schedule": Flag(),
         "loss_ema_beta": Number(high=1.0),
     }
+    _entries: ClassVar[tuple[str, ...]] = ("step", "state1", "qmap1", "absmax1", "state2", "qmap2", "absmax2")
     _backends: ClassVar[tuple[str, ...]] = (*_backend.BACKENDS, "bitsandbytes")
 
     def __init__(
@@ -153,10 +154,6 @@ class DolphinFlow8bit(LossAware):
     def _layout(self, group: Group, parameter: Tensor) -> dict[str, Entry]:
         step = Entry((), clipping.wide_dtype(parameter.device))
         return {"step": step, **_coded_state.entries(parameter, _moments(group))}
-
-    def _state_names(self, group: Group) -> list[str]:
-        names = [f"{name}{i}" for i in range(1, _moments(group) + 1) for name in ("state", "qmap", "absmax")]
-        return ["step", *names]
 
     def _new_state(self, group: Group, parameter: Tensor) -> dict[str, Tensor]:
         state = super()._new_state(group, parameter)

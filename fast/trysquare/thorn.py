@@ -115,6 +115,10 @@ class THORN(Release):
         "matmul_dtype": DType((torch.float32, torch.bfloat16, torch.float16, torch.float64)),
         "orthogonalize": Flag(),
     }
+    _entries: ClassVar[tuple[str, ...]] = (
+        *("step", "momentum_buffer", "row_exp_avg_sq"),
+        *("z", "y", "x", "exp_avg", "exp_avg_sq", "lr_max", "weight_sum", "update_sum"),
+    )
     _required: ClassVar[frozenset[str]] = frozenset({"orthogonalize"})
 
     _reasons: Mapping[int, str] = MappingProxyType({})
@@ -205,13 +209,6 @@ class THORN(Release):
 
     def _averages(self, group: Group) -> bool:
         return group["schedule_free"] and not group["orthogonalize"]
-
-    def _state_names(self, group: Group) -> list[str]:
-        names: dict[str, None] = {}
-        for dtype in {parameter.dtype: None for parameter in group["params"]}:
-            first = next(parameter for parameter in group["params"] if parameter.dtype == dtype)
-            names |= dict.fromkeys(self._layout(group, first))
-        return list(names)
 
     def _layout(self, group: Group, parameter: Tensor) -> dict[str, Entry]:
         wide = clipping.wide_dtype(parameter.device)
