@@ -210,7 +210,8 @@ def _quick_matrices(ortho: Choice) -> Iterator[Choice]:
     yield {**ortho, "family": "pair", "betas": (0.95, 0.0)}
     yield {**ortho, "family": "images"}
     yield {**ortho, "family": "images", "target_rms": 0.0, "layout": "channels_last"}
-    yield {**ortho, "target_rms": 0.0, "layout": "transposed", "steps": 1}
+    yield {**ortho, "family": "pair", "target_rms": 0.0, "steps": 1}
+    yield {**ortho, "layout": "transposed", "steps": 1}
     yield {**ortho, "kind": "batched", "family": "pair"}
     yield {**ortho, "kind": "batched", "family": "tall", "target_rms": 0.0, "betas": (0.9, 0.0)}
     yield {**ortho, "family": "wide", "dtype": "float64"}
