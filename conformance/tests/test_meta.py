@@ -3,7 +3,7 @@
 import ast
 import inspect
 import pkgutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +18,7 @@ import trysquare_reference
 from trysquare_conformance import faults, registry
 from trysquare_conformance.lanes import LANES
 from trysquare_reference import dolphinflow as reference
-from trysquare_reference import dolphinflow8bit
+from trysquare_reference import dolphinflow8bit, thorn
 
 EXECUTION = ["nonfinite", "workspace_bytes", "backend"]
 INGREDIENTS = {"blockwise8bit"}
@@ -92,6 +92,40 @@ def test_states_have_the_same_names(adaptive_lr: bool) -> None:
     optimizer.step()
     declared = reference.init(np.ones((2, 2)), reference.Hyperparameters(adaptive_lr=adaptive_lr))
     assert list(optimizer.state[parameter]) == list(declared)
+
+
+THORN_STATES: dict[str, dict[str, object]] = {
+    "rows": {"orthogonalize": True},
+    "no rows": {"orthogonalize": True, "betas": (0.9, 0.0)},
+    "averaged": {"orthogonalize": False},
+    "mean only": {"orthogonalize": False, "betas": (0.0, 0.9)},
+    "adam": {"orthogonalize": False, "schedule_free": False},
+}
+
+
+def test_thorns_hyperparameters_agree_in_name_and_default() -> None:
+    """Form, restarts and update rate say how the reference is to compute, not what."""
+    signature = inspect.signature(trysquare.THORN).parameters
+    declared = {field.name: field.default for field in fields(thorn.Hyperparameters)}
+    shared = {name: declared[name] for name in signature if name in declared}
+    assert declared.keys() - shared.keys() == {"orthogonalize", "form", "restarts", "update_rate"}
+    assert {name: signature[name].default for name in shared} == shared
+    own = ["params", "none_grad", "matmul_dtype", "exclude", *EXECUTION]
+    assert sorted(signature.keys() - shared.keys()) == sorted(own)
+    keyword_only = [name for name, p in signature.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    assert list(signature)[: -len(keyword_only)] == ["params", "lr", "betas", "weight_decay"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", THORN_STATES)
+def test_thorns_states_have_the_same_names(kind: str, dtype: torch.dtype) -> None:
+    said = THORN_STATES[kind]
+    parameter = torch.nn.Parameter(torch.ones(2, 2, dtype=dtype))
+    parameter.grad = torch.ones(2, 2, dtype=dtype)
+    optimizer = trysquare.THORN([{"params": [parameter], **said}])
+    optimizer.step()
+    hp = replace(thorn.Hyperparameters(), **said)
+    assert optimizer.state[parameter].keys() == thorn.init(np.ones((2, 2)), hp, half=dtype == torch.bfloat16).keys()
 
 
 def test_every_backend_has_a_lane_and_every_lane_a_baseline() -> None:
