@@ -8,8 +8,10 @@ block with an outlier loses precision in that block alone.
 Flatten the tensor (row-major) and cut it into blocks of 256; the last one may be short. For a block $x$ and a map
 $q_0 < \dots < q_{255}$ of values in $[-1, 1]$:
 
-$$ a = \max_k |x_k|, \qquad s_k = x_k / a, \qquad c_k = \arg\min_c |s_k - q_c| \text{ (a tie goes to the lower } c),
+$$ a = \max_k |x_k|, \qquad s_k = x_k / a, \qquad c_k = \operatorname{argmin}_c |s_k - q_c|,
    \qquad \hat x_k = q_{c_k}\,a $$
+
+A tie goes to the lower code.
 
 In a block whose $a$ is 0 or not finite, $s = 0$. With an unsigned map a positive $x_k$ never takes code 0:
 $c_k \leftarrow \max(c_k, 1)$.
