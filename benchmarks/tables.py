@@ -116,7 +116,7 @@ def eight(result: dict[str, Any]) -> str:
     steps = markdown(head, [eightbit.table_row(row, result["parameters"]) for row in result["rows"]], 5)
     bars = markdown(("ratio", "measured", "wanted"), [bar_row(row) for row in result["bars"]], 2)
     note = (
-        f"Medians of {result['rounds']} interleaved rounds on {result['threads']} threads over "
+        f"Medians of {result['rounds']} interleaved rounds, threads: {result['threads']}, over "
         f"{result['parameters']:,} float32 parameters; ratios within rounds. State is counted from its tensors. "
         f"{machine_line(result)}.\n"
     )
