@@ -142,7 +142,7 @@ def exact_polar(u: Tensor) -> Tensor:
     return left @ right
 
 
-@pytest.mark.parametrize("form", polar.FORMS)
+@pytest.mark.parametrize("form", ["standard", "gram"])
 @pytest.mark.parametrize("shape", [(8, 8), (5, 12), (12, 5), (30, 20)])
 def test_the_polar_factor_is_the_svds(form: str, shape: tuple[int, int]) -> None:
     """Eight quintics bring every singular value from 1e-3 on to 1 within 2e-14: to rounding."""
