@@ -88,8 +88,9 @@ class DolphinFlow8bit(LossAware):
         >>> optimizer = DolphinFlow8bit(model.parameters(), lr=1e-4)
         >>> model(torch.randn(8, 100)).square().mean().backward()
         >>> optimizer.step()
-        >>> optimizer.state[model.weight]["state1"].dtype
-        torch.uint8
+        >>> plan, _ = optimizer.explain()
+        >>> plan.rule
+        'gradient projected in 64 rows of 100; 8-bit moments'
 
     References:
         Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861 (the format).
