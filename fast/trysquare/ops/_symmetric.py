@@ -7,7 +7,8 @@ Elsewhere than on a CPU, under torch.compile and for small matrices the whole pr
 Measured on an EPYC of the fourth generation, polar factors by panels over the same with whole products (medians of
 interleaved rounds, one thread): in bfloat16 1.03 at 384 × 384, 0.84 at 512 × 512, 0.87 at 640 × 640, 0.62 at
 2048 × 2048; in float32 0.76 at 768 × 3072. On the eight matrices of two GPT-2 blocks whole products took 0.73 of
-torch.optim.Muon's step, panels of 128, 192, 256 and 384 columns 0.57, 0.60, 0.60 and 0.64.
+torch.optim.Muon's step, panels of 128 or 192 columns 0.56 to 0.62 in several runs on a busy machine, of 256 0.58 to
+0.61, of 384 0.64.
 """
 
 from __future__ import annotations
