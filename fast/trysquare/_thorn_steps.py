@@ -38,6 +38,7 @@ class Steps(Averaging):
             self._adam(batch, finite)
 
     def _orthogonalized(self, batch: Batch, finite: Tensor | None) -> None:
+        """The products between the two updates are never compiled: there is nothing in them to fuse."""
         group, first = batch.group, batch.parameters[0]
         rule, shape = rule_of(group, first), matrix_shape(group, first)
         steps = torch.stack(batch.state["step"])
@@ -51,8 +52,10 @@ class Steps(Averaging):
             gradient, theta, momentum_buffer = (operand.view(-1, *shape[-2:]) for operand in piece.operands)
             each = theta.shape[0] // len(batch.parameters[piece.members])
             rate = per_slice(rates[piece.members].repeat_interleave(each), momentum_buffer)
-            operands = theta, gradient, momentum_buffer, None if rows is None else rows.stacked, rate
-            self._run(ops.orthogonalized_, *operands, momentum, weight_decay, eps, beta2, rule)
+            u = self._run(ops.prepare_, momentum_buffer, gradient, momentum)
+            x = polar.polar_factor(u, rule.coefficients, rule.safety_factor, group["eps"], rule.matmul_dtype, rule.form)
+            stacked = None if rows is None else rows.stacked
+            self._run(ops.apply_, theta, x, stacked, rate, weight_decay, eps, beta2)
             piece.restore(before, finite)
             piece.store()
             if rows is not None:

@@ -145,7 +145,7 @@ def decay_after_update(_: Any) -> Any:
     return move
 
 
-@plant(dolphinflow8bit, "rate")
+@plant(dolphinflow8bit, "rate", lanes=EAGER)
 def loss_scale_ignored(_: Any) -> Any:
     """The loss schedule never lowers the rate."""
     return lambda group: group["lr"]
@@ -274,7 +274,7 @@ def rows_out_of_step(f: Any) -> Any:
     return lambda values, width, span: f(values, width, _windows.Span(0, span.stop - span.start))
 
 
-@plant(Optimizer, "_move_coded")
+@plant(Optimizer, "_move_coded", lanes=EAGER)
 def first_of_a_bucket_for_all(f: Any) -> Any:
     """Every parameter of a bucket takes the first one's gradient."""
 

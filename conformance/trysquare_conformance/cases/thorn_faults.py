@@ -380,16 +380,15 @@ def decay_grows(f: Any) -> Any:
     return lambda u, theta, weight_decay: f(u, theta, -weight_decay)
 
 
-@plant(ops, "orthogonalized_")
+@plant(ops, "apply_")
 def decay_not_scaled(f: Any) -> Any:
     """λ outside of the scaled update, as AdamW has it."""
 
-    def orthogonalized_(theta: Tensor, g: Tensor, m: Tensor, v: Any, rate: Tensor, *rest: Any) -> None:
-        momentum, weight_decay, eps, beta2, rule = rest
+    def apply_(theta: Tensor, x: Tensor, v: Any, rate: Tensor, weight_decay: Any, *rest: Any) -> None:
         k = ops.scale(theta.shape[-2], theta.shape[-1], 0.2)
-        f(theta, g, m, v, rate, momentum, weight_decay / k, eps, beta2, rule)
+        f(theta, x, v, rate, weight_decay / k, *rest)
 
-    return orthogonalized_
+    return apply_
 
 
 # Scale and rate
@@ -446,10 +445,10 @@ for _name, _what, _sizes in (
     plant.add(f"scale-of-{_name}", _what, Steps, "_orthogonalized", _scaled_by(_sizes))
 
 
-@plant(ops, "orthogonalized_")
+@plant(ops, "apply_")
 def rate_in_parameter_dtype(f: Any) -> Any:
     """The rate rounded to half precision, where it can overflow."""
-    return lambda theta, g, m, v, rate, *rest: f(theta, g, m, v, rate.to(theta.dtype), *rest)
+    return lambda theta, x, v, rate, *rest: f(theta, x, v, rate.to(theta.dtype), *rest)
 
 
 @plant(Steps, "_rates")

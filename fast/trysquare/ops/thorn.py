@@ -26,25 +26,25 @@ def scale(rows: int, columns: int, target_rms: float) -> float:
     return target_rms * math.sqrt(max(rows, columns)) if target_rms > 0 else math.sqrt(max(1.0, rows / columns))
 
 
-def orthogonalized_(
+def prepare_(momentum_buffer: Tensor, gradient: Tensor, momentum: Scalar) -> Tensor:
+    """m ← β₁m + g; returns u = g + β₁m, of which the polar factor is taken, as a new tensor."""
+    return moments.nesterov_(momentum_buffer, gradient.to(momentum_buffer.dtype), momentum)
+
+
+def apply_(
     theta: Tensor,
-    gradient: Tensor,
-    momentum_buffer: Tensor,
+    x: Tensor,
     row_exp_avg_sq: Tensor | None,
     rate: Tensor,
-    momentum: Scalar,
     weight_decay: Scalar,
     eps: Scalar,
     beta2: Scalar,
-    rule: Rule,
 ) -> None:
-    """Steps ``theta`` and ``momentum_buffer``, (B, R, C), and ``row_exp_avg_sq``, (B, R, 1) (None: rows stay) in place.
+    """Steps ``theta``, (B, R, C), and ``row_exp_avg_sq``, (B, R, 1) (None: rows stay), along the polar factor ``x``.
 
-    ``rate`` is η times scale and rectification, (B, 1, 1).
+    ``rate`` is η times scale and rectification, (B, 1, 1); ``x`` is used up.
     """
-    wide = theta.to(momentum_buffer.dtype)
-    u = moments.nesterov_(momentum_buffer, gradient.to(wide.dtype), momentum)
-    x = polar.polar_factor(u, rule.coefficients, rule.safety_factor, eps, rule.matmul_dtype, rule.form)
+    wide = theta.to(x.dtype)
     if row_exp_avg_sq is not None:
         x = row_norm.normalize_rows_(x, row_exp_avg_sq, beta2, eps)
     x = decay.cautious_decay_(x, wide, weight_decay)
