@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -110,6 +111,14 @@ class Hunt:
         return self._sound[case.id]
 
     def _run(self, case: Case) -> Row:
+        """A ninth change of one function torch refuses to compile, which is no answer: begin anew."""
+        row = self._run_once(case)
+        if "LimitHit" not in str(row["error"]).partition(":")[0]:
+            return row
+        torch.compiler.reset()
+        return self._run_once(case)
+
+    def _run_once(self, case: Case) -> Row:
         return run_case(registry.ALGORITHMS[case.algorithm], case, self.lane, self.budgets, self.witness)
 
 
