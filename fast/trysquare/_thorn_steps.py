@@ -52,10 +52,13 @@ class Steps(Averaging):
             gradient, theta, momentum_buffer = (operand.view(-1, *shape[-2:]) for operand in piece.operands)
             each = theta.shape[0] // len(batch.parameters[piece.members])
             rate = per_slice(rates[piece.members].repeat_interleave(each), momentum_buffer)
-            u = self._run(ops.prepare_, momentum_buffer, gradient, momentum)
-            x = polar.polar_factor(u, rule.coefficients, rule.safety_factor, group["eps"], rule.matmul_dtype, rule.form)
+            x = polar.polar_factor(
+                self._run(ops.prepare_, momentum_buffer, gradient, momentum),
+                *(rule.coefficients, rule.safety_factor, group["eps"], rule.matmul_dtype, rule.form),
+            )
             stacked = None if rows is None else rows.stacked
             self._run(ops.apply_, theta, x, stacked, rate, weight_decay, eps, beta2)
+            del x
             piece.restore(before, finite)
             piece.store()
             if rows is not None:

@@ -202,17 +202,28 @@ class DolphinFlow(LossAware):
         found = None if measured is None else iter(self._scaled(measured, scale, first))
         numbers = self._numbers(group, scale, first)
         for pieces in self._together(batch):
+            each = [self._operands(rule, piece, scale, corrections, found) for piece in pieces]
             before = [piece.snapshot(finite) for piece in pieces]
-            each = []
-            for piece in pieces:
-                coefficient = None
-                if rule.projects_gradient:
-                    coefficient = self._coefficient(piece, scale) if found is None else next(found)
-                each.append(_operands(piece, corrections, coefficient))
             _backend.run_each(self._chosen, ops.update_, each, *numbers, rule)
-            for piece, old in zip(pieces, before, strict=True):
-                piece.restore(old, finite)
+            for piece in pieces:
+                piece.restore(before.pop(0), finite)
                 piece.store()
+            del piece, each  # copies are gone before the next are made
+
+    def _operands(
+        self,
+        rule: ops.Rule,
+        piece: Piece,
+        scale: Tensor | None,
+        corrections: Tensor | None,
+        found: Iterator[Tensor] | None,
+    ) -> tuple[Tensor | None, ...]:
+        gradient, theta, momentum_buffer, *rest = piece.operands
+        correction = None if corrections is None else corrections[piece.members]
+        coefficient = None
+        if rule.projects_gradient:
+            coefficient = self._coefficient(piece, scale) if found is None else next(found)
+        return theta, gradient, momentum_buffer, rest[0] if rest else None, correction, coefficient
 
     def _corrections(self, batch: Batch) -> Tensor:
         """1/√(1 − β₂ᵗ) of every member, (B, 1, 1)."""
@@ -241,12 +252,6 @@ class DolphinFlow(LossAware):
         if self._chosen == "compiled" or rule.ortho_mode == "matrix":
             return "whole"
         return "elements" if rule.ortho_mode is None else "rows"
-
-
-def _operands(piece: Piece, corrections: Tensor | None, coefficient: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradient, theta, momentum_buffer, *rest = piece.operands
-    correction = None if corrections is None else corrections[piece.members]
-    return theta, gradient, momentum_buffer, rest[0] if rest else None, correction, coefficient
 
 
 def _arithmetic(parameter: Tensor) -> torch.dtype:
