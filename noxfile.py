@@ -27,6 +27,7 @@ SOURCES = ("reference", "fast", "conformance")
 # both go into a folder of their own, without what they depend on.
 ORACLES = {"dolphinflow": "dolphinflow==0.2.0", "bitsandbytes": "bitsandbytes==0.50.2"}
 REPORTS = Path("reports")
+WORKERS = ("--numprocesses", "auto", "--maxprocesses", "4")
 SCRIPTS = "Scripts" if os.name == "nt" else "bin"
 
 PUBLIC_NAMES = """
@@ -135,7 +136,7 @@ def tests(session: nox.Session) -> None:
     if not session.posargs:
         verify = ["verify", "--tier", "standard", "--faults", *files("conformance")]
         house.run("trysquare", *verify, TRYSQUARE_ORACLES=oracles(session))
-    house.run("pytest", *session.posargs, TRYSQUARE_ORACLES=oracles(session))
+    house.run("pytest", *WORKERS, *session.posargs, TRYSQUARE_ORACLES=oracles(session), OMP_NUM_THREADS="1")
 
 
 @nox.session(reuse_venv=True)
@@ -143,7 +144,8 @@ def tests(session: nox.Session) -> None:
 def torch(session: nox.Session, version: str) -> None:
     """The pytest suite on a real install of the oldest supported and of the default torch."""
     install_pinned(session, version, "-e", ".[verify]", *nox.project.dependency_groups(PROJECT, "test"))
-    session.run("python", "-m", "pytest", *session.posargs, env={"TRYSQUARE_ORACLES": oracles(session)})
+    environment = {"TRYSQUARE_ORACLES": oracles(session), "OMP_NUM_THREADS": "1"}
+    session.run("python", "-m", "pytest", *WORKERS, *session.posargs, env=environment)
 
 
 @nox.session(reuse_venv=True)
