@@ -1,9 +1,14 @@
 """Orthogonalizing optimizers for PyTorch, each with a float64 reference and a suite that checks it on your machine."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from trysquare.dolphinflow import DolphinFlow
-from trysquare.dolphinflow8bit import DolphinFlow8bit
 from trysquare.stablemax import StableMaxCrossEntropyLoss, log_stablemax, stablemax, stablemax_cross_entropy
-from trysquare.thorn import THORN
+
+if TYPE_CHECKING:
+    from trysquare.dolphinflow8bit import DolphinFlow8bit
+    from trysquare.thorn import THORN
 
 __version__ = "0.1.0"
 
@@ -16,3 +21,18 @@ __all__ = [
     "stablemax",
     "stablemax_cross_entropy",
 ]
+
+WHEN_ASKED_FOR = {"DolphinFlow8bit": "trysquare.dolphinflow8bit", "THORN": "trysquare.thorn"}
+"""What is imported at its first use: together they take longer than the rest of the package."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in WHEN_ASKED_FOR:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(WHEN_ASKED_FOR[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

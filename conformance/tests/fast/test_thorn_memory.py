@@ -4,6 +4,7 @@ What is not orthogonalized stays within the workspace. A matrix cannot be cut: i
 size and two Gram matrices, whichever form the polynomial is evaluated in.
 """
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -42,6 +43,19 @@ def prepared(shapes: Shapes, dtype: torch.dtype, orthogonalize: bool, **settings
     return optimizer
 
 
+MATRICES = [
+    *product(
+        [(120, 60), (80, 80), (16, 8, 3, 3)],
+        [torch.float32, torch.bfloat16],
+        [torch.float32, torch.bfloat16],
+        ["propagate", "skip"],
+    ),
+    ((300, 500), torch.bfloat16, torch.float32, "propagate"),  # each takes 20 s to be watched
+    ((300, 500), torch.float32, torch.bfloat16, "skip"),
+]
+"""Shape, dtype of the products and of the parameter, and `nonfinite`."""
+
+
 @pytest.mark.parametrize(("dtype", "workspace"), [(torch.float32, 1 << 18), (torch.bfloat16, 1 << 15)], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", SHAPES)
@@ -53,10 +67,7 @@ def test_what_is_not_orthogonalized_stays_within_its_workspace(
     assert peak_bytes(optimizer.step) <= workspace + SMALL + rates
 
 
-@pytest.mark.parametrize("policy", ["propagate", "skip"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(120, 60), (80, 80), (16, 8, 3, 3), (300, 500)])
+@pytest.mark.parametrize(("shape", "products", "dtype", "policy"), MATRICES, ids=str)
 def test_a_matrix_takes_six_tensors_and_two_gram_matrices(
     shape: tuple[int, ...], products: torch.dtype, dtype: torch.dtype, policy: str
 ) -> None:
