@@ -19,6 +19,9 @@ FLOAT32 = 4
 SMALL = 1 << 10
 """Bytes of what does not grow with anything: norms, counts, corrections."""
 
+PACKED = 10 << 10
+"""Bytes that bfloat16 products of a small matrix pack for themselves with two threads (measured at 16 × 72: 9.4 KiB)."""
+
 SHAPES: dict[str, Shapes] = {
     "vector": [(80_000,)],
     "matrix": [(5_000, 20)],
@@ -76,7 +79,8 @@ def test_a_matrix_takes_six_tensors_and_two_gram_matrices(
     size = torch.Size(shape).numel()
     side = min(shape[0], size // shape[0])
     tensors = 6 + (dtype != torch.float32) + 2 * (policy == "skip")
-    assert peak_bytes(optimizer.step) <= FLOAT32 * (tensors * size + 2 * side**2) + SMALL
+    packed = PACKED if products == torch.bfloat16 and torch.get_num_threads() > 1 else 0
+    assert peak_bytes(optimizer.step) <= FLOAT32 * (tensors * size + 2 * side**2) + SMALL + packed
 
 
 def test_small_matrices_are_batched_within_the_workspace() -> None:
