@@ -20,7 +20,7 @@ SMALL = 1 << 10
 """Bytes of what does not grow with anything: norms, counts, corrections."""
 
 PACKED = 10 << 10
-"""Bytes that bfloat16 products of a small matrix pack for themselves with two threads (measured at 16 × 72: 9.4 KiB)."""
+"""Bytes that bfloat16 products of a small matrix pack for themselves with two threads (measured: 9.4 KiB)."""
 
 SHAPES: dict[str, Shapes] = {
     "vector": [(80_000,)],
