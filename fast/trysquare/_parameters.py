@@ -16,6 +16,11 @@ ADDED_LATER = frozenset(
 """Keys of a group that are no hyperparameters: schedulers, averaging and torch itself put them there."""
 
 
+def arithmetic(parameter: Tensor) -> torch.dtype:
+    """What state is kept and an update computed in: float32, and float64 for float64 parameters."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
 def materialized(param_group: Any) -> dict[str, Any]:
     """A copy of a caller's group with ``params`` as a list and names apart, so that a bad group changes nothing."""
     if not isinstance(param_group, dict):

@@ -12,6 +12,7 @@ from trysquare import _backend, _batches
 from trysquare._averaging import Averaging
 from trysquare._batches import Batch, Piece
 from trysquare._optimizer import Group
+from trysquare._parameters import arithmetic
 from trysquare.ops import moments, polar, polar_express, rectification, schedule_free
 from trysquare.ops import thorn as ops
 
@@ -163,11 +164,6 @@ class _Rows:
 
     def _parted(self) -> tuple[Tensor, ...]:
         return self.stacked.view(len(self.members), -1).unbind()
-
-
-def arithmetic(parameter: Tensor) -> torch.dtype:
-    """What state is kept and an update computed in."""
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 def matrix_shape(group: Group, parameter: Tensor) -> tuple[int, ...]:

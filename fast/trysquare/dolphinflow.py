@@ -16,6 +16,7 @@ from trysquare._constraints import Choice, Constraint, Flag, Integer, Number
 from trysquare._loss_aware import LossAware
 from trysquare._loss_aware import rate as _rate
 from trysquare._optimizer import Entry, Group
+from trysquare._parameters import arithmetic
 from trysquare.ops import clipping, moments
 from trysquare.ops import dolphinflow as ops
 
@@ -130,7 +131,7 @@ class DolphinFlow(LossAware):
         super().__init__(params, defaults, nonfinite=nonfinite, workspace_bytes=workspace_bytes, backend=backend)
 
     def _layout(self, group: Group, parameter: Tensor) -> dict[str, Entry]:
-        whole = Entry(tuple(parameter.shape), _arithmetic(parameter))
+        whole = Entry(tuple(parameter.shape), arithmetic(parameter))
         layout = {"step": Entry((), clipping.wide_dtype(parameter.device)), "momentum_buffer": whole}
         return {**layout, "exp_avg_sq": whole} if group["adaptive_lr"] else layout
 
@@ -228,11 +229,11 @@ class DolphinFlow(LossAware):
     def _corrections(self, batch: Batch) -> Tensor:
         """1/√(1 − β₂ᵗ) of every member, (B, 1, 1)."""
         steps = torch.stack(batch.state["step"])
-        return moments.correction(steps, batch.group["beta2"], _arithmetic(batch.parameters[0]))
+        return moments.correction(steps, batch.group["beta2"], arithmetic(batch.parameters[0]))
 
     def _scaled(self, measured: list[Tensor], scale: Tensor | None, parameter: Tensor) -> list[Tensor]:
         """Coefficients of the clipped gradient from those of the gradient."""
-        dtype = _arithmetic(parameter)
+        dtype = arithmetic(parameter)
         return [(found if scale is None else found * scale).to(dtype) for found in measured]
 
     def _coefficient(self, piece: Piece, scale: Tensor | None) -> Tensor:
@@ -242,7 +243,7 @@ class DolphinFlow(LossAware):
 
     def _numbers(self, group: Group, scale: Tensor | None, parameter: Tensor) -> list[Any]:
         """Clipping factor, η, λ, μ, ε, β₂ and 1 − β₂ in the dtype of the arithmetic."""
-        dtype = _arithmetic(parameter)
+        dtype = arithmetic(parameter)
         numbers = [_rate(group), *(group[name] for name in ("weight_decay", "momentum", "eps", "beta2"))]
         numbers.append(1 - group["beta2"])
         return [None if scale is None else scale.to(dtype), *_backend.scalars(self._chosen, numbers, dtype)]
@@ -252,11 +253,6 @@ class DolphinFlow(LossAware):
         if self._chosen == "compiled" or rule.ortho_mode == "matrix":
             return "whole"
         return "elements" if rule.ortho_mode is None else "rows"
-
-
-def _arithmetic(parameter: Tensor) -> torch.dtype:
-    """What state is kept and an update computed in."""
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 def _mode(group: Group, parameter: Tensor) -> str | None:

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trysquare import _assignment, _backend, _parameters
+from trysquare import _assignment, _backend
 from trysquare._constraints import Constraint, DType, Flag, Integer, Number, Pair, Triples
 from trysquare._optimizer import Entry, Group
+from trysquare._parameters import arithmetic
 from trysquare._release import Release
-from trysquare._thorn_steps import arithmetic, matrix_shape, rule_of
+from trysquare._thorn_steps import matrix_shape, rule_of
 from trysquare.ops import clipping
 from trysquare.ops import thorn as ops
 
@@ -200,7 +201,7 @@ class THORN(Release):
         least = 3 if group["batched"] else 2
         for position, parameter in enumerate(group["params"] if group["orthogonalize"] else ()):
             if parameter.ndim < least:
-                name = _parameters.name_of(group, len(self.param_groups), position)
+                name = group["param_names"][position] if "param_names" in group else f"parameter {position}"
                 raise ValueError(
                     f"{where}: {name} has shape {tuple(parameter.shape)}, but to be orthogonalized "
                     f"{'in a batch ' * group['batched']}it needs {least} dimensions: put it into another group"
