@@ -30,7 +30,8 @@ TOLERANCES = {"atol", "rtol", "abs", "rel", "rel_tol", "abs_tol", "decimal", "si
 def public(package: ModuleType) -> set[str]:
     """The modules of a package that are pages, not machinery."""
     return {module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")} - {
-        "ops"
+        "ops",
+        "kernels",
     }
 
 
@@ -129,7 +130,7 @@ def test_thorns_states_have_the_same_names(kind: str, dtype: torch.dtype) -> Non
 
 
 def test_every_backend_has_a_lane_and_every_lane_a_baseline() -> None:
-    assert {"eager", "compiled", "bitsandbytes"} == {lane.backend for lane in LANES.values()}
+    assert {"eager", "compiled", "triton", "bitsandbytes"} == {lane.backend for lane in LANES.values()}
     assert [lane.name for lane in LANES.values()] == list(LANES)
     assert {lane.baseline.name for lane in LANES.values() if lane.baseline} == {"eager-cpu", "eager-cuda"}
 

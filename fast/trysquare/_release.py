@@ -248,7 +248,7 @@ class Release(Steps):
         group, first = batch.group, batch.parameters[0]
         moments = ("exp_avg_sq",) if group["schedule_free"] else ("exp_avg", "exp_avg_sq")
         function = ops.collect_ if group["schedule_free"] else ops.collect_mean_
-        chosen = self._chosen
+        chosen = self._chosen(first.device)
         (part,) = _backend.scalars(chosen, [1 / group["update_rate"]], torch.float64)
         (beta1,) = _backend.scalars(chosen, [group["betas"][0]], torch.float64)
         _, _, eps, beta2 = self._scalars(group, first)

@@ -21,7 +21,7 @@ class Steps(Averaging):
     """The part of THORN that computes."""
 
     def _move(self, batches: Sequence[Batch]) -> None:
-        finite = self._finite(self._gradient_norm(batches)) if self.nonfinite == "skip" else None
+        finite = self._finite(self._norm(batches, None)) if self.nonfinite == "skip" else None
         for batch in batches:
             _batches.advance(batch.state["step"], finite)
             if batch.parameters[0].numel():
@@ -87,7 +87,7 @@ class Steps(Averaging):
         rates, means = self._rates(group, torch.stack(batch.state["step"])), self._mean_corrections(batch)
         corrections = self._corrections(batch)
         _, weight_decay, eps, beta2 = self._scalars(group, first)
-        (beta1,) = _backend.scalars(self._chosen, [group["betas"][0]], torch.float64)
+        (beta1,) = _backend.scalars(self._chosen(first.device), [group["betas"][0]], torch.float64)
         for piece in self._pieces(batch, ("exp_avg", "exp_avg_sq"), "elements"):
             before = piece.snapshot(finite)
             gradient, theta, exp_avg, exp_avg_sq = piece.operands
@@ -130,18 +130,19 @@ class Steps(Averaging):
     def _scalars(self, group: Group, parameter: Tensor) -> list[Any]:
         """β₁, λ and ε in the dtype of the arithmetic, and β₂, of which 1 − β₂ needs the digits."""
         numbers = [group["betas"][0], group["weight_decay"], group["eps"]]
-        narrow = _backend.scalars(self._chosen, numbers, arithmetic(parameter))
-        return [*narrow, *_backend.scalars(self._chosen, [group["betas"][1]], torch.float64)]
+        chosen = self._chosen(parameter.device)
+        narrow = _backend.scalars(chosen, numbers, arithmetic(parameter))
+        return [*narrow, *_backend.scalars(chosen, [group["betas"][1]], torch.float64)]
 
     def _pieces(self, batch: Batch, names: Sequence[str], split: _batches.Split) -> Iterable[Piece]:
         written = [batch.parameters, *(batch.state[name] for name in names)]
         snapshots = len(written) if self.nonfinite == "skip" else 0
-        split = "whole" if self._chosen == "compiled" else split
-        workspace = self._workspace(batch.parameters[0].device)
+        device = batch.parameters[0].device
+        split, workspace = "whole" if self._chosen(device) == "compiled" else split, self._workspace(device)
         return _batches.pieces([batch.gradients, *written], workspace, split, snapshots)
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
-        return _backend.run(self._chosen, function, *args)
+        return _backend.run(self._chosen(args[0].device), function, *args)
 
 
 class _Rows:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from trysquare import _backend, _batches, _bitsandbytes, _coded_state, _parameters
+from trysquare import _backend, _batches, _bitsandbytes, _coded_state
 from trysquare._batches import Batch, advance
 from trysquare._constraints import Choice, Constraint, Flag, Integer, Number
 from trysquare._loss_aware import LossAware, rate
@@ -174,13 +174,10 @@ class DolphinFlow8bit(LossAware):
         maps: dict[tuple[int, torch.device], Tensor] = self.__dict__.setdefault("_own_maps", {})
         return maps
 
-    def _check_gradients(self) -> None:
-        super()._check_gradients()
-        if self.backend != "bitsandbytes":
-            return
-        for index, group in enumerate(self.param_groups):
-            for position, parameter in enumerate(group["params"]):
-                _bitsandbytes.check_device(parameter, _parameters.name_of(group, index, position))
+    def _check_device(self, device: torch.device, name: str) -> None:
+        super()._check_device(device, name)
+        if self.backend == "bitsandbytes":
+            _bitsandbytes.check_device(device, name)
 
     def _rule_in_words(self, group: Group, parameter: Tensor) -> str:
         mode, rows, columns = _mode(group, parameter), *_batches.rows_and_columns(parameter.shape)
@@ -195,9 +192,8 @@ class DolphinFlow8bit(LossAware):
 
     def _move(self, batches: Sequence[Batch]) -> None:
         clip = batches[0].group["gradient_clipping"]
-        norm = self._gradient_norm(batches) if clip or self.nonfinite == "skip" else None
-        scale = clipping.clip_scale(norm, clip) if norm is not None and clip else None
-        finite = self._finite(norm)
+        norm = self._norm(batches, clip) if clip or self.nonfinite == "skip" else None
+        scale, finite = None if norm is None else norm.scale, self._finite(norm)
         for batch in batches:
             advance(batch.state["step"], finite)
             if not batch.parameters[0].numel():
@@ -223,7 +219,7 @@ class DolphinFlow8bit(LossAware):
             gradient, factor, coefficient = self._direction(group, mode, theta, gradient, scale, kind)
             corrections = _corrections(group, torch.stack(batch.state["step"][piece.members]), kind)
             moved = theta, gradient, state1, rest[0] if rest else None, *corrections, factor, coefficient
-            _backend.run(self._chosen, ops.update_, *moved, *self._numbers(group, kind))
+            _backend.run(self._chosen(first.device), ops.update_, *moved, *self._numbers(group, kind))
             piece.restore(before, finite)
             piece.store()
 
@@ -231,12 +227,13 @@ class DolphinFlow8bit(LossAware):
         self, group: Group, mode: str | None, theta: Tensor, gradient: Tensor, scale: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Gradient, clipping factor and row coefficients of a batch (B, R, C) as an update takes them."""
+        chosen = self._chosen(theta.device)
         if mode == "matrix":
-            arguments = gradient, scale, group["ns_steps"], *_backend.scalars(self._chosen, [group["eps"]], dtype)
-            return _backend.run(self._chosen, ops.orthogonalized, *arguments, dtype), None, None
+            arguments = gradient, scale, group["ns_steps"], *_backend.scalars(chosen, [group["eps"]], dtype)
+            return _backend.run(chosen, ops.orthogonalized, *arguments, dtype), None, None
         if mode == "vector":
             arguments = theta, gradient, scale, dtype
-            return gradient, scale, _backend.run(self._chosen, projected.row_coefficient, *arguments)
+            return gradient, scale, _backend.run(chosen, projected.row_coefficient, *arguments)
         return gradient, scale, None
 
     def _move_coded(self, batch: Batch, member: int, scale: Tensor | None, finite: Tensor | None) -> None:
@@ -258,7 +255,7 @@ class DolphinFlow8bit(LossAware):
 
     def _row_coefficients(self, group: Group, theta: Tensor, gradient: Tensor, scale: Tensor | None) -> Tensor:
         """How much of every row of θ the clipped gradient holds, shape (R,)."""
-        whole = self._chosen == "compiled" or torch.compiler.is_compiling()  # needs no scratch
+        whole = self._chosen(theta.device) == "compiled" or torch.compiler.is_compiling()  # needs no scratch
         workspace, columns = self._workspace(theta.device), _batches.rows_and_columns(theta.shape)[1]
         most = workspace // (4 * _batches.SCRATCH)
         if columns > most and not whole:
@@ -276,7 +273,7 @@ class DolphinFlow8bit(LossAware):
         for span in spans(w.numel(), most, 1):
             part, weights = (Window(x, span, 1).values for x in (gradient, w))
             arguments = weights, projected.clipped(part, scale, torch.float32)
-            products.append(_backend.run(self._chosen, ops.products, *arguments))
+            products.append(_backend.run(self._chosen(w.device), ops.products, *arguments))
         return projection.coefficient(*torch.stack(products).sum(0))
 
     def _sum_of_squares(self, gradient: Tensor) -> Tensor:
@@ -309,8 +306,9 @@ class DolphinFlow8bit(LossAware):
         second = (*values[3:5], *maps[1]) if len(maps) > 1 else (None,) * 4
         coefficient = None if cut.coefficient is None else _for_blocks(cut.coefficient, theta, span)
         arguments = Window(gradient, span, size).values, *first, *second, *cut.corrections, cut.scale, coefficient
-        update = _bitsandbytes.update_coded_ if self._chosen == "bitsandbytes" else ops.update_coded_
-        _backend.run(self._chosen, update, values[0], *arguments, *cut.numbers)
+        chosen = self._chosen(theta.device)
+        update = _bitsandbytes.update_coded_ if chosen == "bitsandbytes" else ops.update_coded_
+        _backend.run(chosen, update, values[0], *arguments, *cut.numbers)
         for window, old in zip(written, before, strict=False):
             window.values.copy_(torch.where(cast("Tensor", cut.finite).to(old.device), window.values, old))
         for window in written:
@@ -318,7 +316,7 @@ class DolphinFlow8bit(LossAware):
 
     def _window_elements(self, theta: Tensor) -> int:
         """How many elements fit into the workspace."""
-        scratch = 4 if self._chosen == "compiled" else SCRATCH
+        scratch = 4 if self._chosen(theta.device) == "compiled" else SCRATCH
         copied = 0 if self.nonfinite != "skip" else SNAPSHOT_BYTES
         return self._workspace(theta.device) // (4 * scratch + copied)
 
@@ -336,7 +334,8 @@ class DolphinFlow8bit(LossAware):
         """As the updates take them: η, λ, β₁ and what the gradient adds to m, β₂ and what its square adds to v, ε."""
         beta1, beta2 = group["momentum"], group["beta2"]
         betas = [beta1, 1 - beta1 if group["adaptive_lr"] else 1.0, beta2, 1 - beta2]
-        return _backend.scalars(self._chosen, [rate(group), group["weight_decay"], *betas, group["eps"]], dtype)
+        chosen = self._chosen(group["params"][0].device)
+        return _backend.scalars(chosen, [rate(group), group["weight_decay"], *betas, group["eps"]], dtype)
 
     # Checkpoints
 

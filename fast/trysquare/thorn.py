@@ -256,10 +256,11 @@ class THORN(Release):
         self._refuse_eval_mode("step()")
         self._refuse_other_mode()
 
-    @property
-    def _chosen(self) -> str:
-        asked = self.backend == "auto" and self._asked_to_compile
-        return "compiled" if asked else _backend.choose(self.backend)
+    def _chosen(self, device: torch.device) -> str:
+        if self.backend == "auto" and self._asked_to_compile:
+            return "compiled"
+        chosen = _backend.choose(self.backend, device)
+        return "eager" if self.backend == "auto" and os.environ.get("THORN_DISABLE_TRITON") == "1" else chosen
 
 
 def _asked_to_compile() -> bool:

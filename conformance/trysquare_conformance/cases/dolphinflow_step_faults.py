@@ -15,6 +15,7 @@ from trysquare_reference import dolphinflow as reference
 
 Optimizer = dolphinflow.DolphinFlow
 COMPILED = ("compiled-*",)
+NOT_TRITON = ("eager-*", "compiled-*")
 plant = Planter("dolphinflow")
 FAULTS = plant.faults
 
@@ -67,10 +68,10 @@ def clip_in_place(_: Any) -> Any:
     return clipped
 
 
-@plant(Optimizer, "_gradient_norm")
+@plant(clipping, "total_norm", lanes=NOT_TRITON)
 def clip_norm_in_float32(f: Any) -> Any:
     """The norm of float64 gradients in float32."""
-    return lambda *arguments: f(*arguments).float().double()
+    return lambda sums: f(sums).float().double()
 
 
 # Learning rate, schedule, groups
