@@ -60,10 +60,13 @@ class DolphinFlow(LossAware):
             this step, without a synchronisation, and counts it (`skipped_steps`); ``"raise"`` raises.
         workspace_bytes: bound on the scratch memory of one call of the update, where it can be split: by rows, so that
             one row is the least. None: chosen by measurement for each kind of device.
-        backend: ``"eager"``, ``"compiled"`` (the updates through `torch.compile`) or ``"auto"`` (eager).
+        backend: ``"eager"``, ``"compiled"`` (the updates through `torch.compile`), ``"triton"`` (kernels for NVIDIA and
+            AMD GPUs) or ``"auto"``: Triton on a GPU where it is installed, else eager.
 
     Raises:
         TypeError, ValueError: names the argument or parameter, its value and what is allowed; nothing has changed.
+        ImportError: ``backend="triton"`` without that package.
+        RuntimeError: a kernel cannot be compiled, found before anything moves.
 
     Example:
         >>> model = torch.nn.Linear(100, 10)
