@@ -147,7 +147,7 @@ def floats(device: torch.device, *values: float | Tensor) -> Tensor:
     if not any(isinstance(value, Tensor) for value in values):
         return _on(device, tuple(float(value) for value in values), torch.float64)
     parts = [v.detach() if isinstance(v, Tensor) else _on(device, float(v), torch.float64) for v in values]
-    return torch.stack([part.to(device, torch.float64) for part in parts])
+    return torch.stack([part.to(device, torch.float64, non_blocking=True) for part in parts])
 
 
 KEPT = 4096
@@ -158,7 +158,7 @@ _kept: dict[Any, Tensor] = {}
 
 def _on(device: torch.device, values: Any, dtype: torch.dtype) -> Tensor:
     """A tensor of host numbers on a device, copied there once and without waiting for it."""
-    key = device, values, dtype, torch.cuda.current_stream(device).stream_id if device.type == "cuda" else None
+    key = device, values, dtype, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
     if key not in _kept:
         if len(_kept) >= KEPT:
             _kept.clear()
