@@ -17,7 +17,7 @@ ahead (5.9 against 7.5 ms), at 2048 × 2048 behind (21.6 against 17.0). The Gram
 3.7 ms whole, 2.5 by panels of 128 and 3.0 of 256; of 3072 × 768, read transposed, 5.3, 5.1 and 3.9.
 With two threads oneDNN leaves one of them idle over a whole product at 768 and 1024, but not over half the rows of
 it: 0.55 ms for both halves against 0.81 at 768 × 768, 1.2 against 1.8 at 1024 × 1024; at 640 and 1536 it is the other
-way round (0.83 against 0.60, 3.6 against 3.4).
+way round (0.83 against 0.60, 3.6 against 3.4). More threads were not measured.
 """
 
 from __future__ import annotations

@@ -19,6 +19,9 @@ from trysquare.ops._scalar import Scalar
 Coefficients = tuple[float, float, float]
 MUON_COEFFICIENTS: Coefficients = (3.4445, -4.7750, 2.0315)
 
+PLAIN = 1e-6, 1e15
+"""Norms of a float32 matrix whose entries can be squared as they are: what is lost is below their rounding."""
+
 SMALL = 256
 NATIVE_BFLOAT16 = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 """Whether this CPU multiplies bfloat16 in hardware: without it a bfloat16 product is slower than one in float32."""
@@ -97,26 +100,36 @@ def restarts(iters: int) -> tuple[int, ...]:
 
 
 def normalized(u: Tensor, safety_factor: Scalar, eps: Scalar, dtype: torch.dtype) -> Tensor:
-    """u/((1 + safety)·max(‖u‖_F, ε)), rounded to ``dtype`` at the end.
-
-    Each row is divided by its largest entry before it is squared, and then all by the largest: no square leaves the
-    range.
-    """
-    blocks, wide = row_blocks(u), clipping.wide_dtype(u.device)
-    highest, lengths = (u.new_empty(*u.shape[:-1], 1) for _ in range(2))
-    for block in blocks:
-        rows = u[block]
-        high = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True))
-        highest[block] = high
-        lengths[block] = torch.linalg.vector_norm(rows / torch.where(high == 0, 1.0, high), dim=-1, keepdim=True)
-    largest = highest.amax(-2, keepdim=True)
+    """u/((1 + safety)·max(‖u‖_F, ε)), rounded to ``dtype`` at the end."""
+    if u.device.type == "cpu" and not torch.compiler.is_compiling():  # where to look at a number is to wait for nothing
+        norm = _norm(u, None)
+        if bool(((norm > PLAIN[0]) & (norm < PLAIN[1])).all()):
+            return _divided(u, dtype, (1 + safety_factor) * norm.clamp(min=eps))
+    largest = torch.maximum(u.amax((-2, -1), keepdim=True), -u.amin((-2, -1), keepdim=True))
     largest = torch.where(largest == 0, 1.0, largest)
-    norm: Tensor = torch.linalg.vector_norm(lengths * (highest / largest), dim=-2, keepdim=True, dtype=wide)
-    norm = torch.maximum(norm, eps / largest.to(wide)).clamp(min=1.0)  # which it is but for zero
-    norm = ((1 + safety_factor) * norm).to(u.dtype)
+    norm = _norm(u, largest)
+    norm = torch.maximum(norm, eps / largest.to(norm.dtype)).clamp(min=1.0)  # which it is but for zero
+    return _divided(u, dtype, largest, (1 + safety_factor) * norm)
+
+
+def _norm(u: Tensor, largest: Tensor | None) -> Tensor:
+    """‖u‖_F, of u over its largest entry if that is given: then no square leaves the range."""
+    lengths = u.new_empty(*u.shape[:-1], 1)
+    for block in row_blocks(u):
+        part = u[block] if largest is None else u[block] / largest[block[0]]
+        lengths[block] = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(lengths, dim=-2, keepdim=True, dtype=clipping.wide_dtype(u.device))
+    return norm
+
+
+def _divided(u: Tensor, dtype: torch.dtype, *divisors: Tensor) -> Tensor:
+    """u over one number a matrix after the other."""
     x = _scratch.empty(_scratch.X, u.shape, dtype, u.device)
-    for block in blocks:
-        x[block] = (u[block] / largest[block[0]]).div_(norm[block[0]])
+    for block in row_blocks(u):
+        part = u[block]
+        for divisor in divisors:
+            part = part / divisor[block[0]].to(u.dtype)
+        x[block] = part
     return x
 
 
@@ -146,7 +159,8 @@ def multiplied(q: Tensor, x: Tensor, beta: float = 0.0) -> Tensor:
     laid_out = x.mT if tall else x
     found = _scratch.beside(x, laid_out.shape)
     left, right = (laid_out, q) if tall else (q, laid_out)
-    for part in _symmetric.halves(x.shape[-1]) if _symmetric.by_tiles(x) else [slice(None)]:
+    square = x.shape[-2] == x.shape[-1]
+    for part in _symmetric.halves(x.shape[-1]) if square and _symmetric.by_tiles(x) else [slice(None)]:
         torch.baddbmm(laid_out[:, part], left[:, part], right, beta=beta, out=found[:, part])
     return found.mT if tall else found
 
