@@ -26,6 +26,9 @@ SNAPSHOT_BYTES = 8
 ZEROS = (blockwise8bit.SIGNED_ZERO, blockwise8bit.UNSIGNED_ZERO)
 """The code of 0 of each moment, which fills up a block that ends early."""
 
+SPLITS: dict[str | None, _batches.Split] = {"matrix": "whole", "vector": "rows", None: "elements"}
+"""How parameters whose moments are not coded may be cut in each mode."""
+
 
 class Cut(NamedTuple):
     """What is the same for all windows of a parameter."""

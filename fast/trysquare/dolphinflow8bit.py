@@ -11,14 +11,14 @@ from torch.optim.optimizer import ParamsT
 
 from trysquare import _backend, _batches, _bitsandbytes, _coded_state, _coded_windows
 from trysquare._batches import Batch, advance
-from trysquare._coded_windows import CodedWindows
+from trysquare._coded_launches import CodedLaunches
 from trysquare._constraints import Choice, Constraint, Flag, Integer, Number
 from trysquare._optimizer import Entry, Group
 from trysquare.ops import blockwise8bit, clipping
 from trysquare.ops import dolphinflow8bit as ops
 
 
-class DolphinFlow8bit(CodedWindows):
+class DolphinFlow8bit(CodedLaunches):
     r"""DolphinFlow with a state of 2.03 bytes a parameter: AdamW's moments of the projected gradient, as 8-bit codes.
 
     In step $t = 1, 2, \dots$, with $\tilde g$ the gradient clipped by the norm $G$ of all gradients and projected off
@@ -55,8 +55,9 @@ class DolphinFlow8bit(CodedWindows):
             (`skipped_steps`); ``"raise"`` raises.
         workspace_bytes: bound on the scratch memory of one call of the update; the matrix mode needs a whole matrix, a
             parameter that is not contiguous a whole row. None: chosen by measurement for each kind of device.
-        backend: ``"eager"``, ``"compiled"`` (the updates through `torch.compile`), ``"bitsandbytes"`` (eager, with
-            that package's decoder, on a CPU) or ``"auto"`` (eager).
+        backend: ``"eager"``, ``"compiled"`` (the updates through `torch.compile`), ``"triton"`` (kernels, on a GPU),
+            ``"bitsandbytes"`` (eager, with that package's decoder, on a CPU) or ``"auto"`` (Triton on a GPU that has
+            it, else eager).
 
     Raises:
         TypeError, ValueError: names the argument or parameter, its value and what is allowed; nothing has changed.
@@ -174,6 +175,9 @@ class DolphinFlow8bit(CodedWindows):
         norm = self._norm(batches, clip) if clip or self.nonfinite == "skip" else None
         scale, finite = None if norm is None else norm.scale, self._finite(norm)
         for batch in batches:
+            if self._launches(batch):
+                self._launch_batch(batch, scale, finite)
+                continue
             advance(batch.state["step"], finite)
             if not batch.parameters[0].numel():
                 continue
@@ -189,10 +193,9 @@ class DolphinFlow8bit(CodedWindows):
         group, first = batch.group, batch.parameters[0]
         mode = _coded_windows.mode_of(group, first)
         held = [batch.state[f"state{i}"] for i in _coded_windows.numbered(group)]
-        split: _batches.Split = {"matrix": "whole", "vector": "rows", None: "elements"}[mode]  # type: ignore[assignment]
         snapshots = 1 + len(held) if finite is not None else 0
         operands = [batch.gradients, batch.parameters, *held]
-        for piece in _batches.pieces(operands, self._workspace(first.device), split, snapshots):
+        for piece in _batches.pieces(operands, self._workspace(first.device), _coded_windows.SPLITS[mode], snapshots):
             before = piece.snapshot(finite)
             gradient, theta, state1, *rest = piece.operands
             kind = state1.dtype

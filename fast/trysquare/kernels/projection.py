@@ -22,7 +22,7 @@ PART = 1 << 14
 """Columns of a row whose products one program forms, at most."""
 
 TILE = 1024
-"""Columns that it holds at a time."""
+"""Elements that it holds at a time: columns of one row, or several short rows."""
 
 BOUNDS = {"SMALLEST": SMALLEST_SQUARE, "LARGEST": LARGEST_SQUARE}
 """Of ⟨w,w⟩ as `coefficient` takes them."""
@@ -44,12 +44,14 @@ def row_coefficients_(
     count, rows = found.shape
     part = min(PART, int(triton.next_power_of_2(columns)))
     parts, tile = triton.cdiv(columns, part), min(part, TILE)
+    high = min(TILE // tile, int(triton.next_power_of_2(rows)))
     along = square = None
     if parts > 1:
         along, square = torch.empty(2, count * rows * parts, dtype=torch.float64, device=found.device).unbind()
-    constants = {**kinds, **BOUNDS, "ALIGNED": table.aligned, "PART": part, "TILE": tile}
+    constants = {**kinds, **BOUNDS, "ALIGNED": table.aligned, "PART": part, "TILE": tile, "ROWS": high}
     arguments = table.addresses, numbers, scale, found, along, square, count, rows, columns, parts
-    launch(_row_products, count * rows * parts, *arguments, constants=constants, num_warps=warps(tile))
+    programs = count * triton.cdiv(rows, high) * parts
+    launch(_row_products, programs, *arguments, constants=constants, num_warps=warps(tile * high))
     if parts > 1:
         own = {"PROJECTS": kinds["PROJECTS"], **BOUNDS, "BLOCK": 128}
         launch(_row_coefficients, count * rows, along, square, numbers, found, parts, constants=own)
@@ -76,32 +78,36 @@ def _row_products(
     LARGEST: tl.constexpr,
     PART: tl.constexpr,
     TILE: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """⟨w,g⟩ (or ⟨w,u⟩) and ⟨w,w⟩ of a part of a row; without places for them, the coefficient of a whole row."""
-    program = tl.program_id(0)
-    row = program // parts
-    start = (row % rows).to(tl.int64) * columns
-    w_place = address(table, row // rows, count, 0, PARAMETER, ALIGNED) + start
-    g_place = address(table, row // rows, count, 1, PARAMETER, ALIGNED) + start
+    """⟨w,g⟩ (or ⟨w,u⟩) and ⟨w,w⟩ of a part of each row; without places for them, the coefficients of whole rows."""
+    part = tl.program_id(0) % parts
+    down = tl.cdiv(rows, ROWS)
+    member = tl.program_id(0) // parts // down
+    row = (tl.program_id(0) // parts % down).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    w_place = address(table, member, count, 0, PARAMETER, ALIGNED) + row[:, None] * columns
+    g_place = address(table, member, count, 1, PARAMETER, ALIGNED) + row[:, None] * columns
     mu = tl.load(numbers + 2).to(STATE)
-    along = tl.zeros((TILE,), dtype=tl.float64)
-    square = tl.zeros((TILE,), dtype=tl.float64)
+    along = tl.zeros((ROWS, TILE), dtype=tl.float64)
+    square = tl.zeros((ROWS, TILE), dtype=tl.float64)
     for offset in range(0, PART, TILE):
-        column = (program % parts).to(tl.int64) * PART + offset + tl.arange(0, TILE)
-        here = column < columns
+        column = part.to(tl.int64) * PART + offset + tl.arange(0, TILE)[None, :]
+        here = (row[:, None] < rows) & (column < columns)
         w = widened(tl.load(w_place + column, mask=here, other=0.0), STATE)
         x = clipped(tl.load(g_place + column, mask=here, other=0.0), scale, STATE)
         if PROJECTS == "update":
-            m_place = address(table, row // rows, count, 2, STATE, ALIGNED) + start
+            m_place = address(table, member, count, 2, STATE, ALIGNED) + row[:, None] * columns
             x = x + (tl.load(m_place + column, mask=here, other=0.0) * mu + x) * mu
         along += (w * x).to(tl.float64)
         square += (w * w).to(tl.float64)
+    wx, ww = tl.sum(along, axis=1), tl.sum(square, axis=1)
+    place = member.to(tl.int64) * rows + row
     if alongs is None:
-        found = coefficient(tl.sum(along), tl.sum(square), tl.load(numbers + 3), PROJECTS, SMALLEST, LARGEST)
-        tl.store(coefficients + program, found.to(coefficients.dtype.element_ty))
+        found = coefficient(wx, ww, tl.load(numbers + 3), PROJECTS, SMALLEST, LARGEST)
+        tl.store(coefficients + place, found.to(coefficients.dtype.element_ty), mask=row < rows)
     else:
-        tl.store(alongs + program, tl.sum(along))
-        tl.store(squares + program, tl.sum(square))
+        tl.store(alongs + place * parts + part, wx, mask=row < rows)
+        tl.store(squares + place * parts + part, ww, mask=row < rows)
 
 
 @triton.jit
