@@ -51,6 +51,9 @@ class BatchedOptimizer(Norms):
     _carried: ClassVar[Mapping[str, tuple[Any, Constraint]]] = {}
     """What a group carries from step to step besides its hyperparameters: the value in a new group, what it may be."""
 
+    _constant_entries: ClassVar[frozenset[str]] = frozenset()
+    """Names of a state that no step writes: what was computed from them may be kept."""
+
     _backends: ClassVar[tuple[str, ...]] = _backend.BACKENDS
     """What ``backend`` may be."""
 

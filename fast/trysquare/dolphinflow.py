@@ -40,7 +40,7 @@ class DolphinFlow(LossAware):
     Args:
         params: parameters, ``named_parameters()`` or groups.
         lr: learning rate $\eta$, a float or a 0-dim tensor.
-        weight_decay: decoupled decay $\lambda$.
+        weight_decay: decoupled decay $\lambda$, a float or a 0-dim tensor.
         momentum: $\mu$ in [0, 1).
         ortho_mode: ``"vector"`` projects each row as above; ``"matrix"`` orthogonalizes $u$ by Newton–Schulz
             iterations, keeping its norm; None does neither.
@@ -81,7 +81,7 @@ class DolphinFlow(LossAware):
 
     _constraints: ClassVar[Mapping[str, Constraint]] = {
         "lr": Number(tensor=True),
-        "weight_decay": Number(),
+        "weight_decay": Number(tensor=True),
         "momentum": Number(high=1.0),
         "ortho_mode": Choice(("vector", "matrix", None)),
         "adaptive_lr": Flag(),
@@ -100,7 +100,7 @@ class DolphinFlow(LossAware):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-4,
-        weight_decay: float = 1e-2,
+        weight_decay: float | Tensor = 1e-2,
         momentum: float = 0.9,
         ortho_mode: str | None = "vector",
         adaptive_lr: bool = True,

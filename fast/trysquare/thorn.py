@@ -57,8 +57,8 @@ class THORN(Release):
         betas: $(\beta_1, \beta_2)$ in [0, 1). Matrices: momentum, and mean square of rows (0: rows stay as they
             are, and no $v$ is kept). Others: 0 evaluates the mean of $z$, towards 1 trains at the mean itself; second
             moment. $\beta_1$ of a schedule-free group cannot change after its first step.
-        weight_decay: cautious decay $\lambda$. For a matrix it stands inside the scaled update: its weights decay
-            $\rho\sqrt{\max(R, C)}$ times as fast as AdamW's $\lambda$ says.
+        weight_decay: cautious decay $\lambda$, a float or a 0-dim tensor. For a matrix it stands inside the scaled
+            update: its weights decay $\rho\sqrt{\max(R, C)}$ times as fast as AdamW's $\lambda$ says.
         rectify: multiply updates by RAdam's rectification, which leaves out the first four steps or so.
         target_rms: $\rho$, root mean square of a matrix's update over $\eta$; 0: the scale
             $\sqrt{\max(1, R/C)}$ of Muon instead.
@@ -101,7 +101,7 @@ class THORN(Release):
     _constraints: ClassVar[Mapping[str, Constraint]] = {
         "lr": Number(tensor=True),
         "betas": Pair(Number(high=1.0)),
-        "weight_decay": Number(),
+        "weight_decay": Number(tensor=True),
         "rectify": Flag(),
         "target_rms": Number(),
         "none_grad": Flag(),
@@ -129,7 +129,7 @@ class THORN(Release):
         params: nn.Module | Iterable[dict[str, Any]],
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.95, 0.95),
-        weight_decay: float = 0.1,
+        weight_decay: float | Tensor = 0.1,
         *,
         rectify: bool = False,
         target_rms: float = 0.2,

@@ -155,12 +155,54 @@ KEPT = 4096
 
 _kept: dict[Any, Tensor] = {}
 
+_reserved: dict[Any, Tensor] | None = None
+
+
+@contextmanager
+def reserving() -> Iterator[dict[Any, Tensor]]:
+    """While it lasts, tables and numbers of the host get a place on their device, and nothing is copied there.
+
+    For a capture into a graph, within which nothing can be copied from the host, and need not be: nothing runs. `fill`
+    does so afterwards. The places are the graph's own, and have to be kept as long as it.
+    """
+    global _reserved  # noqa: PLW0603 (the launchers have no other way to know)
+    _reserved = {}
+    try:
+        yield _reserved
+    finally:
+        _reserved = None
+
+
+def fill(places: Mapping[Any, Tensor]) -> None:
+    """Copy from the host what was asked for while places were reserved."""
+    for (_, values, dtype, _), place in places.items():
+        place.copy_(torch.tensor(values, dtype=dtype))
+
 
 def _on(device: torch.device, values: Any, dtype: torch.dtype) -> Tensor:
     """A tensor of host numbers on a device, copied there once and without waiting for it."""
     key = device, values, dtype, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    if _reserved is not None:
+        return _place(key, _reserved)
     if key not in _kept:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a step by Triton kernels cannot be captured into a CUDA graph as it is, for it copies addresses from "
+                "the host: use trysquare.CapturedStep(optimizer) beside your own graph, or backend='eager'"
+            )
         if len(_kept) >= KEPT:
             _kept.clear()
         _kept[key] = torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
     return _kept[key]
+
+
+def _place(key: Any, places: dict[Any, Tensor]) -> Tensor:
+    """The place of a tensor of host numbers, by its shape."""
+    device, values, dtype, _ = key
+    if key not in places:
+        places[key] = torch.empty(_shape(values), dtype=dtype, device=device)
+    return places[key]
+
+
+def _shape(values: Any) -> tuple[int, ...]:
+    return (len(values), *_shape(values[0])) if isinstance(values, tuple) else ()
