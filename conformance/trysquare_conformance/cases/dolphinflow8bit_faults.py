@@ -4,6 +4,7 @@ A function here is given the original and returns what takes its place; its name
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,13 @@ from trysquare_conformance.planting import Planter
 
 Optimizer = dolphinflow8bit.DolphinFlow8bit
 EAGER = ("eager-*", "bitsandbytes-*")
-plant = Planter("dolphinflow8bit")
-FAULTS = plant.faults
+HERE = (*EAGER, "compiled-*")
+"""Where the tensor operations of the fast code run; kernels have faults of their own."""
+
+_planter = Planter("dolphinflow8bit")
+FAULTS = _planter.faults
+everywhere = partial(_planter, lanes=("*",))
+plant = partial(_planter, lanes=HERE)
 
 # Moments
 
@@ -166,7 +172,7 @@ def clip_ignored(_: Any) -> Any:
     return lambda norm, _: torch.ones_like(norm)
 
 
-@plant(Optimizer, "_move")
+@everywhere(Optimizer, "_move")
 def clip_each(f: Any) -> Any:
     """Each bucket is clipped by its own norm."""
     return lambda self, batches: [f(self, [batch]) for batch in batches] and None
@@ -196,7 +202,7 @@ def projected_twice_over(f: Any) -> Any:
     return lambda x, w, coefficient: f(x, w, 2 * coefficient)
 
 
-@plant(_coded_windows, "mode_of")
+@everywhere(_coded_windows, "mode_of")
 def projection_of_vectors(_: Any) -> Any:
     """Parameters of one dimension are projected too."""
     return lambda group, _: group["ortho_mode"]
@@ -287,13 +293,13 @@ def first_of_a_bucket_for_all(f: Any) -> Any:
 # State
 
 
-@plant(_coded_state, "is_coded")
+@everywhere(_coded_state, "is_coded")
 def everything_coded(_: Any) -> Any:
     """Small tensors are coded too."""
     return lambda parameter: parameter.numel() > 0
 
 
-@plant(_coded_state, "is_coded")
+@everywhere(_coded_state, "is_coded")
 def nothing_coded(_: Any) -> Any:
     """Large tensors keep float32 moments."""
     return lambda _: False
@@ -333,7 +339,7 @@ def scales_not_written(_: Any) -> Any:
     return lambda codes, _, new, __: codes.copy_(new)
 
 
-@plant(Optimizer, "_move")
+@everywhere(Optimizer, "_move")
 def no_op(_: Any) -> Any:
     """The step does nothing."""
     return lambda *_: None
@@ -374,7 +380,7 @@ def absmax_of_the_block_before(f: Any) -> Any:
 # Backends
 
 
-@plant(_backend, "choose", lanes=("compiled-*", "bitsandbytes-*"))
+@plant(_backend, "choose", lanes=("compiled-*", "bitsandbytes-*", "triton-*"))
 def silently_eager(_: Any) -> Any:
     """Another backend was asked for and eager runs."""
     return lambda _: "eager"
