@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -49,11 +49,17 @@ class Norms(Optimizer):
         if all(map(self._launches, batches)) and len({batch.parameters[0].device for batch in batches}) == 1:
             from trysquare.kernels import clipping as kernels
 
-            sums = [kernels.sums_of_squares(b.gradients) for b in batches if b.gradients[0].numel()]
+            sums = [kernels.sums_of_squares(part) for b in batches if b.gradients[0].numel() for part in self._dense(b)]
             sums = sums or [torch.zeros(1, dtype=torch.float64, device=batches[0].gradients[0].device)]
             value, scale, finite = kernels.finish(sums, max_norm)
             return Norm(value, scale if max_norm else None, finite)
         return judged(self._length(gradient for batch in batches for gradient in batch.gradients), max_norm)
+
+    def _dense(self, batch: Batch) -> Iterator[Sequence[Tensor]]:
+        """The gradients of a batch as lists of contiguous tensors of one shape."""
+        most = len(batch.gradients)
+        workspace = self._workspace(batch.gradients[0].device)
+        return (part.operands[0] for part in _batches.contiguous([batch.gradients], workspace, "rows", most))
 
     def _length(self, gradients: Iterable[Tensor]) -> Tensor:
         return clipping.total_norm([self._sum_of_squares(gradient) for gradient in gradients])

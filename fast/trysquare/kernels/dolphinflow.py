@@ -15,22 +15,19 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from trysquare.kernels import moments
+from trysquare.kernels import moments, projection
 from trysquare.kernels._arithmetic import address, clipped, moved, narrowed, quotient, widened
 from trysquare.kernels._launch import DTYPES, Table, floats, launch, warps
 from trysquare.kernels.moments import correction, denominator, second_moment
+from trysquare.kernels.projection import coefficient, subtract
 from trysquare.ops import polar
 from trysquare.ops.dolphinflow import Rule
-from trysquare.ops.projection import LARGEST_SQUARE, SMALLEST_SQUARE
 
 ON_CHIP = 8192
 """Columns up to which a program holds whole rows of float32 numbers."""
 
 TILE = 1024
 """Elements of a program that holds several short rows, or a part of a long one."""
-
-PART = 1 << 14
-"""Columns of a long row whose products one program forms."""
 
 
 class Bucket(NamedTuple):
@@ -97,10 +94,14 @@ def update_(
         programs = count * triton.cdiv(rows, height)
         arguments = table.addresses, numbers, scale, finite, count, rows, columns
         del constants["GIVEN"]
-        tile = {**BOUNDS, "ROWS": height, "COLUMNS": block}
+        tile = {**projection.BOUNDS, "ROWS": height, "COLUMNS": block}
         launch(_update_rows, programs, *arguments, constants=constants | tile, num_warps=warps(height * block))
         return
-    coefficients = _coefficients(table, bucket, shape, numbers, scale, rule) if projects else None
+    coefficients = None
+    if projects:
+        kinds = {name: constants[name] for name in ("PARAMETER", "STATE", "PROJECTS")}
+        empty = torch.empty(count, rows, dtype=bucket.momentum_buffers[0].dtype, device=numbers.device)
+        coefficients = projection.row_coefficients_(empty, table, columns, numbers, scale, kinds)
     programs = count * rows * triton.cdiv(columns, TILE)
     of_parts = table.addresses, numbers, scale, finite, coefficients, count, rows, columns
     launch(_update_parts, programs, *of_parts, constants=constants | {"COLUMNS": TILE}, num_warps=warps(TILE))
@@ -128,111 +129,6 @@ def _constants(bucket: Bucket, rule: Rule) -> dict[str, object]:
         "CORRECTED": rule.bias_correction,
         "GIVEN": bucket.updates is not None,
     }
-
-
-def _coefficients(
-    table: Table, bucket: Bucket, shape: tuple[int, int], numbers: Tensor, scale: Tensor | None, rule: Rule
-) -> Tensor:
-    """How much of every row of θ the gradient or update holds, (members × rows), of rows that do not fit on chip."""
-    count, (rows, columns), device = len(bucket.parameters), shape, numbers.device
-    parts = triton.cdiv(columns, PART)
-    along, square = torch.empty(2, count * rows * parts, dtype=torch.float64, device=device).unbind()
-    constants = {name: value for name, value in _constants(bucket, rule).items() if name in PRODUCTS_TAKE}
-    constants |= {"ALIGNED": table.aligned, "PART": PART, "TILE": TILE}
-    arguments = table.addresses, numbers, scale, along, square, count, rows, columns, parts
-    launch(_row_products, count * rows * parts, *arguments, constants=constants, num_warps=warps(TILE))
-    found = torch.empty(count * rows, dtype=bucket.momentum_buffers[0].dtype, device=device)
-    own = {"PROJECTS": rule.project, **BOUNDS, "BLOCK": 128}
-    launch(_row_coefficients, count * rows, along, square, numbers, found, parts, constants=own)
-    return found
-
-
-PRODUCTS_TAKE = ("PARAMETER", "STATE", "PROJECTS")
-BOUNDS = {"SMALLEST": SMALLEST_SQUARE, "LARGEST": LARGEST_SQUARE}
-
-
-@triton.jit
-def _row_products(
-    table,
-    numbers,
-    scale,
-    alongs,
-    squares,
-    count,
-    rows,
-    columns,
-    parts,
-    PARAMETER: tl.constexpr,
-    STATE: tl.constexpr,
-    PROJECTS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PART: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """⟨w,g⟩ (or ⟨w,u⟩) and ⟨w,w⟩ of a part of a row."""
-    program = tl.program_id(0)
-    row = program // parts
-    start = (row % rows).to(tl.int64) * columns
-    w_place = address(table, row // rows, count, 0, PARAMETER, ALIGNED) + start
-    g_place = address(table, row // rows, count, 1, PARAMETER, ALIGNED) + start
-    m_place = address(table, row // rows, count, 2, STATE, ALIGNED) + start
-    mu = tl.load(numbers + 2).to(STATE)
-    along = tl.zeros((TILE,), dtype=tl.float64)
-    square = tl.zeros((TILE,), dtype=tl.float64)
-    for offset in range(0, PART, TILE):
-        column = (program % parts) * PART + offset + tl.arange(0, TILE)
-        here = column < columns
-        w = widened(tl.load(w_place + column, mask=here, other=0.0), STATE)
-        x = clipped(tl.load(g_place + column, mask=here, other=0.0), scale, STATE)
-        if PROJECTS == "update":
-            x = x + (tl.load(m_place + column, mask=here, other=0.0) * mu + x) * mu
-        along += (w * x).to(tl.float64)
-        square += (w * w).to(tl.float64)
-    tl.store(alongs + program, tl.sum(along))
-    tl.store(squares + program, tl.sum(square))
-
-
-@triton.jit
-def _row_coefficients(
-    alongs,
-    squares,
-    numbers,
-    coefficients,
-    parts,
-    PROJECTS: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    LARGEST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The coefficient of a row from the sums of its parts."""
-    row = tl.program_id(0).to(tl.int64)
-    along = tl.zeros((BLOCK,), dtype=tl.float64)
-    square = tl.zeros((BLOCK,), dtype=tl.float64)
-    for start in range(0, parts, BLOCK):
-        part = start + tl.arange(0, BLOCK)
-        along += tl.load(alongs + row * parts + part, mask=part < parts, other=0.0)
-        square += tl.load(squares + row * parts + part, mask=part < parts, other=0.0)
-    ww = tl.sum(square)
-    found = coefficient(tl.sum(along), ww, tl.load(numbers + 3), PROJECTS, SMALLEST, LARGEST)
-    tl.store(coefficients + row, found.to(coefficients.dtype.element_ty))
-
-
-@triton.jit
-def coefficient(along, square, eps, PROJECTS: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr):
-    """How much of a row of θ the gradient or the update holds; 0 outside of the domain of the rule."""
-    if PROJECTS == "gradient":
-        inside = (square >= SMALLEST) & (square <= LARGEST)
-        found = quotient(along, square + SMALLEST)
-    else:
-        inside = square >= eps
-        found = quotient(along, tl.where(inside, square, 1.0))
-    return tl.where(inside, found, 0.0)
-
-
-@triton.jit
-def _subtract(x, w, c):
-    """x − c·w; where there is nothing to subtract x stays as it is, also beside weights that are not finite."""
-    return tl.where(c != 0, x - w * c, x)
 
 
 @triton.jit
@@ -271,13 +167,13 @@ def _update_rows(
     written = moved(here, finite)
     if PROJECTS == "gradient":
         along, square = tl.sum(w * g, axis=1, keep_dims=True), tl.sum(w * w, axis=1, keep_dims=True)
-        g = _subtract(g, w, coefficient(along, square, eps, PROJECTS, SMALLEST, LARGEST))
+        g = subtract(g, w, coefficient(along, square, eps, PROJECTS, SMALLEST, LARGEST))
     m = tl.load(m_place, mask=here, other=0.0) * mu + g
     tl.store(m_place, m, mask=written)
     u = g + m * mu
     if PROJECTS == "update":
         along, square = tl.sum(w * u, axis=1, keep_dims=True), tl.sum(w * w, axis=1, keep_dims=True)
-        u = _subtract(u, w, coefficient(along, square, eps, PROJECTS, SMALLEST, LARGEST))
+        u = subtract(u, w, coefficient(along, square, eps, PROJECTS, SMALLEST, LARGEST))
     if ADAPTIVE:
         v_place = address(table, member, count, 3, STATE, ALIGNED) + places
         step = address(table, member, count, 4, tl.float64, False)
@@ -319,7 +215,7 @@ def _update_parts(
     mu, eps = tl.load(numbers + 2).to(STATE), tl.load(numbers + 3).to(STATE)
     written = moved(here, finite)
     if PROJECTS == "gradient":
-        g = _subtract(g, w, tl.load(coefficients + row))
+        g = subtract(g, w, tl.load(coefficients + row))
     if GIVEN:
         u = tl.load(address(table, member, count, 5, STATE, ALIGNED) + places, mask=here, other=0.0)
     else:
@@ -327,7 +223,7 @@ def _update_parts(
         tl.store(m_place, m, mask=written)
         u = g + m * mu
     if PROJECTS == "update":
-        u = _subtract(u, w, tl.load(coefficients + row))
+        u = subtract(u, w, tl.load(coefficients + row))
     if ADAPTIVE:
         v_place = address(table, member, count, 3, STATE, ALIGNED) + places
         step = address(table, member, count, 4, tl.float64, False)

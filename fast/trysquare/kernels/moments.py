@@ -83,6 +83,13 @@ def correction(step, log2_beta2, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def mean_correction(step, log2_beta1, DTYPE: tl.constexpr):
+    """1/(1 − β₁ᵗ), likewise."""
+    t = tl.load(step)
+    return (1.0 / (1.0 - tl.exp2(t * log2_beta1))).to(DTYPE)
+
+
+@triton.jit
 def denominator(v, eps, factor):
     """√v̂ + ε; v̂ is v times the square of the factor (None: v itself)."""
     y = root(v)
