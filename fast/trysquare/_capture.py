@@ -156,8 +156,9 @@ class CapturedStep:
         self._load()
         if self._graph is not None:
             self._graph.replay()
-        # so that a backward pass through the values before it fails, as after any step
-        torch.autograd.graph.increment_version(with_gradient(self.optimizer))
+        for parameter in with_gradient(self.optimizer):
+            # so that a backward pass through the values before it fails, as after any step
+            torch.autograd.graph.increment_version(parameter)
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # noqa: SLF001 (what schedulers look at)
 
     def _drop_gradients(self) -> None:

@@ -377,14 +377,16 @@ def test_the_name_is_public_and_imported_when_it_is_asked_for() -> None:
 # The addresses that Triton's kernels read
 
 
-def test_tables_get_places_and_are_filled_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("make", [DolphinFlow, DolphinFlow8bit])
+@pytest.mark.parametrize("mode", ["vector", "matrix"])
+def test_tables_get_places_and_are_filled_afterwards(make: Make, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All launches of a step, written down and not run: no number of the host is on the device before `fill`."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from trysquare.kernels import _launch, recording
 
     kept: dict[Any, torch.Tensor] = {}
     monkeypatch.setattr(_launch, "_kept", kept)
-    optimizer = DolphinFlow(parameters([(4, 3), (4, 3), (3,)]), ortho_mode="matrix", backend="eager")
+    optimizer = make(parameters([(4, 3), (4, 3), (3,), (80, 60)]), ortho_mode=mode, backend="eager")
     run(optimizer, 1)
     optimizer.backend = "triton"
     with recording():

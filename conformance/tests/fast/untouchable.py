@@ -92,7 +92,7 @@ STEPS: dict[str, Make] = {
 
 
 def elsewhere(make: Make, nonfinite: str, device: torch.device, rate: float | Tensor | None = None) -> list[str]:
-    """What touches the CPU in a step as a graph takes it, after one that makes the state; ``rate`` replaces a number."""
+    """What touches the CPU in a step as a graph takes it, the second; ``rate`` stands in for a number on the device."""
     optimizer, numbers, found = make(device, nonfinite), Numbers(), set[str]()
     for step in range(2):
         for group in optimizer.param_groups:

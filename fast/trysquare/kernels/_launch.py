@@ -182,10 +182,10 @@ def fill(places: Mapping[Any, Tensor]) -> None:
 def _on(device: torch.device, values: Any, dtype: torch.dtype) -> Tensor:
     """A tensor of host numbers on a device, copied there once and without waiting for it."""
     key = device, values, dtype, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-    if _reserved is not None:
+    if _reserved is not None and _writes_down(device):
         return _place(key, _reserved)
     if key not in _kept:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if device.type == "cuda" and _writes_down(device):
             raise RuntimeError(
                 "a step by Triton kernels cannot be captured into a CUDA graph as it is, for it copies addresses from "
                 "the host: use trysquare.CapturedStep(optimizer) beside your own graph, or backend='eager'"
@@ -194,6 +194,11 @@ def _on(device: torch.device, values: Any, dtype: torch.dtype) -> Tensor:
             _kept.clear()
         _kept[key] = torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
     return _kept[key]
+
+
+def _writes_down(device: torch.device) -> bool:
+    """Whether what is launched now is captured; other threads may step while one captures."""
+    return device.type != "cuda" or torch.cuda.is_current_stream_capturing()
 
 
 def _place(key: Any, places: dict[Any, Tensor]) -> Tensor:
