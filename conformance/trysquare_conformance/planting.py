@@ -51,15 +51,18 @@ class Fault:
 
 
 class Planter:
-    """Collects an algorithm's faults. As a decorator it takes a fault's name and description from a function."""
+    """Collects an algorithm's faults. As a decorator it takes a fault's name and description from a function.
 
-    def __init__(self, algorithm: str) -> None:
-        self.algorithm = algorithm
+    ``lanes`` are those of faults that say nothing of lanes.
+    """
+
+    def __init__(self, algorithm: str, lanes: tuple[str, ...] = ("*",)) -> None:
+        self.algorithm, self.lanes = algorithm, lanes
         self.faults: list[Fault] = []
 
     def add(self, name: str, what: str, owner: Any, attribute: str, change: Change, **options: Any) -> None:
         """One more fault; the arguments are `Fault`'s."""
-        self.faults.append(Fault(self.algorithm, name, what, owner, attribute, change, **options))
+        self.faults.append(Fault(self.algorithm, name, what, owner, attribute, change, **{"lanes": self.lanes} | options))
 
     def __call__(self, owner: Any, attribute: str, **options: Any) -> Callable[[Change], Change]:
         """For a function that is given the original and returns what takes its place."""

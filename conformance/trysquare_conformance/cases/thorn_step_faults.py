@@ -15,7 +15,7 @@ from trysquare.ops import thorn as ops
 from trysquare_conformance.planting import Planter
 
 COMPILED = ("compiled-*",)
-plant = Planter("thorn")
+plant = Planter("thorn", lanes=("eager-*", "compiled-*"))  # kernels have theirs in `thorn_kernel_faults`
 FAULTS = plant.faults
 
 # Second moment

@@ -57,23 +57,27 @@ TABLE: dict[tuple[int, int], tuple[Choice, ...]] = {
 OTHERWISE = TABLE[8, 0]
 """Elsewhere: the tiles that take less on-chip memory."""
 
-INTERPRETED = Tile(16, 64, 4, 1)
-"""In Triton's interpreter nothing is fast: all but float64 runs by kernels there, however small, so that they are tested."""
+INTERPRETED_ROWS = 24
+INTERPRETED, INTERPRETED_WIDE = Tile(16, 64, 4, 1), Tile(32, 64, 4, 1)
+"""In Triton's interpreter nothing is fast. So that kernels are tested there, by the same choice, both products run by
+them from a few rows on, in float32 too, and on tiles so small that there are several."""
 
 
 def of_symmetric(rows: int, dtype: torch.dtype, device: torch.device) -> Choice | None:
     """How n × n symmetric products run: the entry for the symmetric kernel, or None for cuBLAS."""
     if _backend.interpreted():
-        return None if dtype == torch.float64 else Choice(1, INTERPRETED, "interpreted")
+        runs = rows >= INTERPRETED_ROWS and dtype != torch.float64
+        return Choice(INTERPRETED_ROWS, INTERPRETED, "interpreted") if runs else None
     if dtype not in HALF:
         return None
     fitting = [choice for choice in _table(device) if choice.rows <= rows]
     return fitting[-1] if fitting else None
 
 
-def of_wide(dtype: torch.dtype) -> Tile | None:
+def of_wide(rows: int, dtype: torch.dtype) -> Tile | None:
     """How βX + QX runs: the tile of the kernel, or None for cuBLAS."""
-    return INTERPRETED if _backend.interpreted() and dtype != torch.float64 else None
+    runs = _backend.interpreted() and rows >= INTERPRETED_ROWS and dtype != torch.float64
+    return INTERPRETED_WIDE if runs else None
 
 
 def _table(device: torch.device) -> tuple[Choice, ...]:
@@ -86,8 +90,8 @@ def in_words(rows: int, dtype: torch.dtype, device: torch.device) -> str:
     """For `explain`."""
     choice = of_symmetric(rows, dtype, device)
     if choice is None:
-        return "cuBLAS"
-    return f"symmetric kernel, tiles of {choice.tile.side} ({choice.source})"
+        return "by cuBLAS"
+    return f"by the symmetric kernel, tiles of {choice.tile.side} ({choice.source})"
 
 
 # Measuring, on a GPU and only when asked for
