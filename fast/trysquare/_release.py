@@ -18,6 +18,7 @@ from trysquare._batches import Batch
 from trysquare._constraints import Constraint, Integer
 from trysquare._optimizer import Group
 from trysquare._thorn_steps import Steps, per_slice
+from trysquare.ops import _scratch
 from trysquare.ops import thorn as ops
 
 
@@ -222,7 +223,8 @@ class Release(Steps):
         self._rehearse([batch], self._every_phase)
         self._advance(batch, None)
         if parameter.numel():
-            self._micro_step(batch)
+            with _scratch.kept():
+                self._micro_step(batch)
         parameter.grad = None
         self._opt_called = True  # what torch's schedulers look at to see that the optimizer has stepped
 

@@ -13,7 +13,7 @@ from trysquare._averaging import Averaging
 from trysquare._batches import Batch, Piece
 from trysquare._optimizer import Group
 from trysquare._parameters import arithmetic
-from trysquare.ops import moments, polar, polar_express, rectification, schedule_free
+from trysquare.ops import _scratch, moments, polar, polar_express, rectification, schedule_free
 from trysquare.ops import thorn as ops
 
 
@@ -22,6 +22,14 @@ class Steps(Averaging):
 
     def _move(self, batches: Sequence[Batch]) -> None:
         finite = self._finite(self._norm(batches, None)) if self.nonfinite == "skip" else None
+        if torch.compiler.is_compiling():
+            self._move_each(batches, finite)
+            return
+        with _scratch.kept():
+            self._move_each([batch for batch in batches if batch.group["orthogonalize"]], finite)
+        self._move_each([batch for batch in batches if not batch.group["orthogonalize"]], finite)
+
+    def _move_each(self, batches: Sequence[Batch], finite: Tensor | None) -> None:
         for batch in batches:
             self._advance(batch, finite)
             if batch.parameters[0].numel():
