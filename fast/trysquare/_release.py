@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from trysquare import _backend, _batches, _parameters
+from trysquare import _backend, _parameters
 from trysquare._averaging import Averaging
 from trysquare._batches import Batch
 from trysquare._constraints import Constraint, Integer

@@ -52,7 +52,7 @@ def step_matrices(
     *batched, rows, columns = shape
     own = kernels.Shape(math.prod(batched), rows, columns)
     scale = ops.scale(rows, columns, group["target_rms"])
-    numbers = kernels.numbers_of(first.device, *_floats(group), scale, rule.safety_factor)
+    numbers = kernels.numbers_of(first.device, **_named(group), scale=scale, safety_factor=rule.safety_factor)
     finite = _on(batch, finite)
     most = max(1, workspace // (SCRATCH * rule.matmul_dtype.itemsize * first.numel()))
     for bucket in _matrices(batch, workspace, most):
@@ -63,7 +63,7 @@ def step_matrices(
 def accumulate(batch: Batch, workspace: int) -> None:
     """m ← β₁m + g, of gradient release between two updates."""
     own = kernels.Shape(1, 1, batch.parameters[0].numel())
-    numbers = kernels.numbers_of(batch.parameters[0].device, *_floats(batch.group))
+    numbers = kernels.numbers_of(batch.parameters[0].device, **_named(batch.group))
     for bucket in _matrices(batch, workspace, len(batch.parameters)):
         kernels.accumulate_(bucket.matrices, own, numbers, None)
         bucket.store()
@@ -87,7 +87,7 @@ def _matrices(batch: Batch, workspace: int, most: int) -> Iterator[Bucket]:
 def step_others(batch: Batch, phase: schedule_free.Phase, finite: Tensor | None, workspace: int) -> None:
     """A step of schedule-free Adam or of Adam, or a phase of it."""
     group, state = batch.group, batch.state
-    numbers = kernels.numbers_of(batch.parameters[0].device, *_floats(group))
+    numbers = kernels.numbers_of(batch.parameters[0].device, **_named(group))
     finite = _on(batch, finite)
     counters = schedule_free.Counters(state["step"], state.get("lr_max"), state.get("weight_sum"))
     moves = phase != "collect"
@@ -110,8 +110,9 @@ def _of(found: Tensor, members: list[int]) -> Tensor:
     return torch.stack([found[:, member] for member in members], dim=1)
 
 
-def _floats(group: dict[str, Any]) -> tuple[Any, ...]:
-    return *(group[name] for name in ("lr", "betas", "weight_decay", "eps")), group["update_rate"]
+def _named(group: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of a group, as `numbers_of` calls them."""
+    return {name: group[name] for name in ("lr", "betas", "weight_decay", "eps", "update_rate")}
 
 
 def _on(batch: Batch, finite: Tensor | None) -> Tensor | None:

@@ -47,11 +47,15 @@ def _products(polar: Any) -> None:
     plant.add("kernel-diagonal-unequal", "tiles on the diagonal are not made equal", polar, "symmetric", _first)
     plant.add("kernel-one-tile", "every program computes the first tile", polar, "tile_of", _always_first)
     plant.add("kernel-last-terms", "the tail of the sums is left out", polar, "symmetric_product", _without_tail)
-    plant.add("kernel-wrong-stride", "a transposed matrix is read as if it were none", polar, "symmetric_product", _flat)
+    plant.add(
+        "kernel-wrong-stride", "a transposed matrix is read as if it were none", polar, "symmetric_product", _flat
+    )
     plant.add("kernel-beta-lost", "β is 0 in β·base + α·LRᵀ", polar, "symmetric_product", _times(0.0, 1.0))
     plant.add("kernel-alpha-lost", "α is 1", polar, "symmetric_product", _times(1.0, None))
     plant.add("kernel-base-is-factor", "the left factor is added instead of the base", polar, "symmetric_product", _own)
-    plant.add("kernel-nothing-added", "QX without βX", polar, "product", lambda f: lambda q, x, tile, _=0.0: f(q, x, tile))
+    plant.add(
+        "kernel-nothing-added", "QX without βX", polar, "product", lambda f: lambda q, x, tile, _=0.0: f(q, x, tile)
+    )
     plant.add("kernel-product-tail", "tiles beyond the last whole one are left out", polar, "triton", _floored)
 
 
@@ -107,16 +111,24 @@ def _floored(triton: Any) -> Any:
 
 def _matrices(thorn: Any) -> None:
     plant.add("kernel-stale-workspace", "the X of the step before is multiplied", thorn, "prepare_", _stale)
-    plant.add("kernel-sum-lost", "the last partial sum of squares is not added", thorn, "launch", _after("_accumulate", _drop))
-    plant.add("kernel-norm-not-kept", "rows are normalised and ‖X‖ is not", thorn, "launch", _after("_rates", _ratios_one))
+    plant.add(
+        "kernel-sum-lost", "the last partial sum of squares is not added", thorn, "launch", _after("_accumulate", _drop)
+    )
+    plant.add(
+        "kernel-norm-not-kept", "rows are normalised and ‖X‖ is not", thorn, "launch", _after("_rates", _ratios_one)
+    )
     plant.add("kernel-stale-row-factor", "rows are not divided", thorn, "launch", _after("_row_squares", _factors_one))
-    plant.add("kernel-row-sum", "q is the sum of squares of a row", thorn, "mean_square", lambda _: lambda total, *_: total)
+    plant.add(
+        "kernel-row-sum", "q is the sum of squares of a row", thorn, "mean_square", lambda _: lambda total, *_: total
+    )
     plant.add("kernel-not-rectified", "no rectification of matrices", thorn, "rectification", _unrectified)
     plant.add("kernel-decay-everywhere", "decay is not cautious", thorn, "cautious_decay", _everywhere)
     plant.add("kernel-decay-by-product", "signs by a product that underflows", thorn, "cautious_decay", _by_product)
     plant.add("kernel-one-slice", "only the first matrix of a batch", thorn, "Shape", _with(0, 1))
     plant.add("kernel-row-tail", "rows beyond the last whole tile are left out", thorn, "triton", _floored)
-    plant.add("kernel-always-half", "products in bfloat16 whatever is asked for", thorn, "prepare_", _with(4, torch.bfloat16))
+    plant.add(
+        "kernel-always-half", "products in bfloat16 whatever is asked for", thorn, "prepare_", _with(4, torch.bfloat16)
+    )
     plant.add("kernel-moves-when-skipping", "matrices move in a step to be skipped", thorn, "step_", _with(3, None))
     plant.add("kernel-betas-swapped", "β₁ and β₂ exchanged", thorn, "numbers_of", _betas_swapped)
     plant.add("kernel-no-safety", "the norm without 1 + safety", thorn, "numbers_of", _with(7, 0.0))

@@ -1,4 +1,4 @@
-"""Which product of the iterations runs by which kernel: a table, rules for what it does not list, and how it is measured.
+"""Which product of the iterations runs by which kernel: a table, rules for the rest, and how it is measured.
 
 No entry has been measured yet: each follows from counting, and says so.
 
@@ -12,7 +12,7 @@ No entry has been measured yet: each follows from counting, and says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,7 +145,8 @@ def _timed(product: Callable[..., Tensor], x: Tensor, a: Tensor, tile: Tile) -> 
 
 def _time(run: Callable[[], Tensor]) -> float:
     run()
-    starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(ROUNDS)] for _ in range(2))
+    event: Callable[..., Any] = torch.cuda.Event
+    starts, ends = ([event(enable_timing=True) for _ in range(ROUNDS)] for _ in range(2))
     for start, end in zip(starts, ends, strict=True):
         start.record()
         run()

@@ -25,16 +25,19 @@ class Products(polar.Products):
     """Those of `ops.polar`, each by the kernel or by cuBLAS as the table of `_polar_choices` says."""
 
     def gram(self, x: Tensor) -> Tensor:
+        """XXᵀ."""
         choice = _polar_choices.of_symmetric(x.shape[-2], x.dtype, x.device)
         return super().gram(x) if choice is None else symmetric_product(x, x, choice.tile)
 
     def add_multiple(self, base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
+        """β·base + α·left · right of symmetric matrices that commute."""
         choice = _polar_choices.of_symmetric(left.shape[-2], left.dtype, left.device)
         if choice is None:
             return super().add_multiple(base, left, right, beta, alpha)
         return symmetric_product(left, right, choice.tile, base, beta, alpha)
 
     def multiplied(self, q: Tensor, x: Tensor, beta: float = 0.0) -> Tensor:
+        """βX + QX."""
         tile = _polar_choices.of_wide(x.shape[-2], x.dtype)
         return super().multiplied(q, x, beta) if tile is None else product(q, x, tile, beta)
 

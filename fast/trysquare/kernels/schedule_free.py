@@ -197,7 +197,9 @@ def followed(y, z, u, share, pull):
 
 
 @triton.jit
-def _update(g, v_place, m_place, corrections, count, numbers, here, written, STATE: tl.constexpr, AVERAGES: tl.constexpr):
+def _update(
+    g, v_place, m_place, corrections, count, numbers, here, written, STATE: tl.constexpr, AVERAGES: tl.constexpr
+):
     """v, and m if there is one, take up the gradient; u = g/(√v̂ + ε), or m̂ instead of g."""
     beta2 = tl.load(numbers + 4)
     v = second_moment(tl.load(v_place, mask=here, other=0.0), g, beta2.to(STATE), (1.0 - beta2).to(STATE))

@@ -225,13 +225,14 @@ def apply_(
         factors, squares = torch.empty(2, slices * rows, dtype=state, device=device).unbind()
         table = Table([bucket.row_exp_avg_sqs])
         constants = {"STATE": DTYPES[state], **tile}
-        arguments = table.addresses, x, numbers, finite, factors, squares, shape.each, rows, shape.columns
+        of_rows = table.addresses, x, numbers, finite, factors, squares, shape.each, rows, shape.columns
         programs = slices * triton.cdiv(rows, tile["ROWS"])
-        launch(_row_squares, programs, *arguments, constants=constants, num_warps=warps(TILE))
+        launch(_row_squares, programs, *of_rows, constants=constants, num_warps=warps(TILE))
     ratios, rates = torch.empty(2, slices, dtype=torch.float64, device=device).unbind()
     own = {"RECTIFIES": rectifies, "BLOCK": BLOCK}
-    arguments = Table([bucket.steps]).addresses, numbers, factors, squares, ratios, rates, shape.each, rows
-    launch(_rates, slices, *arguments, shape.columns, constants=own, num_warps=2)
+    steps = Table([bucket.steps]).addresses
+    of_slices = steps, numbers, factors, squares, ratios, rates, shape.each, rows, shape.columns
+    launch(_rates, slices, *of_slices, constants=own, num_warps=2)
     table = Table([bucket.parameters])
     constants = {"PARAMETER": DTYPES[bucket.parameters[0].dtype], "STATE": DTYPES[state], "NORMALIZES": normalizes}
     constants |= {"ALIGNED": _aligned(table, bucket, shape.rows * shape.columns), **tile}
