@@ -193,19 +193,20 @@ class BatchedOptimizer(Norms):
         for group in self.param_groups:
             batches += self._batches(group, traced)
         if batches:
-            self._rehearse(batches)
+            self._rehearse(batches, self._move)
             self._move(batches)
         return loss
 
-    def _rehearse(self, batches: Sequence[Batch]) -> None:
+    def _rehearse(self, batches: Sequence[Batch], move: Callable[[Sequence[Batch]], None]) -> None:
         """Compile the kernels of batches of a new kind: one that cannot be compiled fails before anything moves."""
-        new = {_kind(batch) for batch in batches if self._launches(batch)} - self._rehearsed
+        launched = [batch for batch in batches if self._launches(batch)]  # what is not would move for good
+        new = {_kind(batch) for batch in launched} - self._rehearsed
         if not new:
             return
         from trysquare.kernels import compiling
 
         with compiling():
-            self._move(batches)
+            move(launched)
         self._rehearsed |= new
 
     def _batches(self, group: Group, traced: bool) -> list[Batch]:

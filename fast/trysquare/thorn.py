@@ -77,11 +77,14 @@ class THORN(Release):
             this step, without a synchronisation, and counts it (`skipped_steps`); ``"raise"`` raises.
         workspace_bytes: bound on the scratch memory of one call of an update. A matrix cannot be cut: one that is
             larger takes a few times its own size. None: chosen by measurement for each kind of device.
-        backend: ``"eager"``, ``"compiled"`` (the updates through `torch.compile`) or ``"auto"``: eager, unless the
-            environment variable ``THORN_COMPILE`` is 1 where the optimizer is made.
+        backend: ``"eager"``, ``"compiled"`` (the updates through `torch.compile`), ``"triton"`` (kernels for NVIDIA and
+            AMD GPUs) or ``"auto"``: Triton on a GPU where it is installed, unless the environment variable
+            ``THORN_DISABLE_TRITON`` is 1, else eager; compiled if ``THORN_COMPILE`` is 1 where the optimizer is made.
 
     Raises:
         TypeError, ValueError: names the argument or parameter, its value and what is allowed; nothing has changed.
+        ImportError: ``backend="triton"`` without that package.
+        RuntimeError: a kernel cannot be compiled, found before anything moves.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 5))
@@ -246,6 +249,10 @@ class THORN(Release):
         shape = " x ".join(map(str, [*batch, rows, columns]))
         size = ops.scale(rows, columns, group["target_rms"]) if rows * columns else 0.0
         products = f"{chosen.form} form in {str(chosen.matmul_dtype).removeprefix('torch.')}"
+        if self._chosen(parameter.device) == "triton":
+            from trysquare.kernels import _polar_choices
+
+            products += " " + _polar_choices.in_words(min(rows, columns), chosen.matmul_dtype, parameter.device)
         return f"orthogonalized as {shape}, rate x {size:.4g}, {products} ({reason})"
 
     def __getstate__(self) -> dict[str, Any]:

@@ -333,7 +333,7 @@ def projection_of_vectors(_: Any) -> Any:
 
 def _with_coefficient(index: int, factor: float) -> Any:
     wrong = tuple(c * factor if i == index else c for i, c in enumerate(polar.MUON_COEFFICIENTS))
-    return lambda f: lambda x, _: f(x, wrong)
+    return lambda f: lambda x, _, *products: f(x, wrong, *products)
 
 
 for _index, _letter in enumerate("abc"):
@@ -345,9 +345,9 @@ plant.add("polar-cubic", "the term in A² left out", polar, "quintic", _with_coe
 def polar_other_gram(f: Any) -> Any:
     """XᵀX where XXᵀ belongs, which only a square matrix lets pass."""
 
-    def quintic(x: Tensor, abc: tuple[float, float, float]) -> Tensor:
+    def quintic(x: Tensor, abc: tuple[float, float, float], *products: Any) -> Tensor:
         gram = x.mT @ x
-        right: Tensor = f(x, abc)
+        right: Tensor = f(x, abc, *products)
         return abc[0] * x + (abc[1] * gram + abc[2] * (gram @ gram)) @ x if x.shape[-1] == x.shape[-2] else right
 
     return quintic
@@ -356,19 +356,19 @@ def polar_other_gram(f: Any) -> Any:
 @plant(polar, "quintic")
 def polar_in_bfloat16(f: Any) -> Any:
     """Products in bfloat16."""
-    return lambda x, abc: f(x.bfloat16(), abc).to(x.dtype)
+    return lambda x, abc, *products: f(x.bfloat16(), abc, *products).to(x.dtype)
 
 
 @plant(polar, "newton_schulz")
 def polar_step_more(f: Any) -> Any:
     """One iteration too many."""
-    return lambda u, steps, eps: f(u, steps + 1, eps)
+    return lambda u, steps, eps, **products: f(u, steps + 1, eps, **products)
 
 
 @plant(polar, "newton_schulz")
 def polar_step_fewer(f: Any) -> Any:
     """One iteration too few."""
-    return lambda u, steps, eps: f(u, steps - 1, eps)
+    return lambda u, steps, eps, **products: f(u, steps - 1, eps, **products)
 
 
 @plant(polar, "newton_schulz")

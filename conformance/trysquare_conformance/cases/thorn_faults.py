@@ -13,9 +13,9 @@ from trysquare import _thorn_steps
 from trysquare._thorn_steps import Steps
 from trysquare.ops import decay, moments, polar, polar_express, rectification, row_norm
 from trysquare.ops import thorn as ops
-from trysquare_conformance.planting import Planter
+from trysquare_conformance.planting import WITHOUT_KERNELS, Planter
 
-plant = Planter("thorn")
+plant = Planter("thorn", lanes=WITHOUT_KERNELS)
 FAULTS = plant.faults
 
 # Momentum

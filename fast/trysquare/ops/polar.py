@@ -27,12 +27,37 @@ NATIVE_BFLOAT16 = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for na
 """Whether this CPU multiplies bfloat16 in hardware: without it a bfloat16 product is slower than one in float32."""
 
 
-def newton_schulz(u: Tensor, steps: int, eps: Scalar, coefficients: Coefficients = MUON_COEFFICIENTS) -> Tensor:
+class Products:
+    """The products of the iterations as torch forms them; Triton kernels have their own, with the same meaning."""
+
+    def gram(self, x: Tensor) -> Tensor:
+        """XXᵀ."""
+        return x @ x.mT
+
+    def add_multiple(self, base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
+        """β·base + α·left · right of symmetric matrices that commute, which is symmetric too; a new tensor."""
+        return torch.baddbmm(base, left, right, beta=beta, alpha=alpha)
+
+    def multiplied(self, q: Tensor, x: Tensor, beta: float = 0.0) -> Tensor:
+        """βX + QX for a symmetric Q, laid out as X is."""
+        return multiplied(q, x, beta)
+
+
+BY_TORCH = Products()
+
+
+def newton_schulz(
+    u: Tensor,
+    steps: int,
+    eps: Scalar,
+    coefficients: Coefficients = MUON_COEFFICIENTS,
+    products: Products = BY_TORCH,
+) -> Tensor:
     """n·X after ``steps`` of X ← aX + bAX + cA²X with A = XXᵀ, from X = u/n with n = ‖u‖_F; u itself where n < ε."""
     tall = u.shape[-2] > u.shape[-1]
     norm = u.square().sum(dim=(-2, -1), keepdim=True).sqrt()
     x = (u / norm).mT if tall else u / norm
-    x = standard_form(x, [coefficients] * steps)
+    x = standard_form(x, [coefficients] * steps, products)
     return torch.where(norm < eps, u, (x.mT if tall else x) * norm)
 
 
@@ -58,6 +83,14 @@ def polar_factor(
     x = gram_form(x, coefficients) if form == "gram" else standard_form(x, coefficients)
     found = _scratch.empty(_scratch.UPDATE, u.shape, u.dtype, u.device)
     return found.copy_(x.mT if rows > columns else x)
+
+
+def iterated(x: Tensor, coefficients: Sequence[Coefficients], form: str, products: Products) -> Tensor:
+    """One quintic after the other on an X of any shape that is normalised already; contiguous if X is."""
+    tall = x.shape[-2] > x.shape[-1]
+    evaluate = gram_form if form == "gram" else standard_form
+    found = evaluate(x.mT if tall else x, coefficients, products)
+    return found.mT if tall else found
 
 
 def choose_matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -133,22 +166,22 @@ def _divided(u: Tensor, dtype: torch.dtype, *divisors: Tensor) -> Tensor:
     return x
 
 
-def standard_form(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+def standard_form(x: Tensor, coefficients: Sequence[Coefficients], products: Products = BY_TORCH) -> Tensor:
     """One quintic after the other on X, which has no more rows than columns."""
     for triple in coefficients:
-        x = quintic(x, triple)
+        x = quintic(x, triple, products)
     return x
 
 
-def quintic(x: Tensor, coefficients: Coefficients) -> Tensor:
+def quintic(x: Tensor, coefficients: Coefficients, products: Products = BY_TORCH) -> Tensor:
     """aX + (bA + cA²)X with A = XXᵀ."""
     a, b, c = coefficients
-    if _symmetric.pays(x):
+    if products is BY_TORCH and _symmetric.pays(x):
         r, z = _symmetric.buffers(x, 2)
         r.become_gram_(x)
         return multiplied(z.add_multiple_(r, r, r, b, c).add_to_diagonal_(a).whole, x)
-    gram = x @ x.mT
-    return multiplied(torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, a)
+    gram = products.gram(x)
+    return products.multiplied(products.add_multiple(gram, gram, gram, b, c), x, a)
 
 
 def multiplied(q: Tensor, x: Tensor, beta: float = 0.0) -> Tensor:
@@ -165,31 +198,33 @@ def multiplied(q: Tensor, x: Tensor, beta: float = 0.0) -> Tensor:
     return found.mT if tall else found
 
 
-def gram_form(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+def gram_form(x: Tensor, coefficients: Sequence[Coefficients], products: Products = BY_TORCH) -> Tensor:
     """The same polynomial from the small matrix R = XXᵀ alone (Dao-AILab 2026): all but few products are square.
 
     With Z = bR + cR² an iteration multiplies X by aI + Z and R by its square. The multipliers are gathered in Q, which
     X takes up at a restart and at the end.
     """
     starts = restarts(len(coefficients))
-    multiplier = _multiplier_by_panels if _symmetric.pays(x) else _multiplier
+    by_panels = products is BY_TORCH and _symmetric.pays(x)
     for first, last in zip((0, *starts), (*starts, len(coefficients)), strict=True):
-        x = multiplied(multiplier(x, coefficients[first:last]), x)
+        own = coefficients[first:last]
+        q = _multiplier_by_panels(x, own) if by_panels else _multiplier(x, own, products)
+        x = products.multiplied(q, x)
     return x
 
 
-def _multiplier(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+def _multiplier(x: Tensor, coefficients: Sequence[Coefficients], products: Products) -> Tensor:
     """Q after iterations that start from R = XXᵀ and Q = I."""
-    r = x @ x.mT
+    r = products.gram(x)
     a, b, c = coefficients[0]
-    z = torch.baddbmm(r, r, r, beta=b, alpha=c)
+    z = products.add_multiple(r, r, r, b, c)
     q = torch.add(z, _identity(r), alpha=a)
     for following in coefficients[1:]:
-        rz = torch.baddbmm(r, r, z, beta=a)
-        r = torch.baddbmm(rz, z, rz, beta=a)
+        rz = products.add_multiple(r, r, z, a)
+        r = products.add_multiple(rz, z, rz, a)
         a, b, c = following
-        z = torch.baddbmm(r, r, r, beta=b, alpha=c)
-        q = torch.baddbmm(q, q, z, beta=a)
+        z = products.add_multiple(r, r, r, b, c)
+        q = products.add_multiple(q, q, z, a)
     return q
 
 
