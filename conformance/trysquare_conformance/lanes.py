@@ -16,7 +16,7 @@ import torch
 from trysquare import _backend
 from trysquare_conformance import originals
 
-WITH_KERNELS = ("dolphinflow",)
+WITH_KERNELS = ("dolphinflow", "stablemax")
 """The algorithms that have Triton kernels."""
 
 COMPILER_CHECK_SECONDS = 60

@@ -150,6 +150,11 @@ def floats(device: torch.device, *values: float | Tensor) -> Tensor:
     return torch.stack([part.to(device, torch.float64) for part in parts])
 
 
+def integers(device: torch.device, *values: int) -> Tensor:
+    """Numbers as one int64 tensor on the device."""
+    return _on(device, values, torch.int64)
+
+
 KEPT = 4096
 """Tables and numbers that are kept on their device: a step asks for the same ones as the one before it."""
 
