@@ -224,6 +224,7 @@ def test_the_module_is_the_function_and_moves_its_weight() -> None:
     assert list(module.state_dict()) == ["weight"]
     assert repr(module) == "StableMaxCrossEntropyLoss(ignore_index=7, reduction='sum', label_smoothing=0.1)"
     assert repr(StableMaxCrossEntropyLoss()) == "StableMaxCrossEntropyLoss()"
+    assert repr(StableMaxCrossEntropyLoss(backend="eager")) == "StableMaxCrossEntropyLoss(backend='eager')"
 
 
 def test_the_module_takes_the_place_of_the_one_in_torch() -> None:

@@ -48,7 +48,6 @@ def given(kernel: str, **changed: Any) -> Change:
 for name, what, change in (
     ("kernel-last-class-not-summed", "the sums stop before the last class", given("_sums", classes=lambda c: c - 1)),
     ("kernel-half-of-a-part", "a program sums only half of its classes", given("_sums", part=lambda part: part // 2)),
-    ("kernel-parts-overlap", "a program sums the next part's classes too", given("_sums", part=lambda part: part * 2)),
     ("kernel-parts-not-added", "only the first part of a row counts", given("_finish", parts=1)),
     ("kernel-reads-side-by-side", "classes are read as neighbours, whatever the layout", given("_sums", stride=1)),
     ("kernel-gradient-reads-side-by-side", "the same in the backward pass", given("_gradient", stride=1)),
@@ -144,13 +143,7 @@ def kernel_exponential_below(_: Any) -> Any:
 @plant("falls")
 def kernel_s_of_magnitude(_: Any) -> Any:
     """1 / (1 + |x|) on both sides."""
-    return lambda x: kernels.lifted_slope(x)
-
-
-@plant("falls")
-def kernel_nan_lost(f: Any) -> Any:
-    """A NaN logit counts as 0."""
-    return lambda x: f(tl.where(x == x, x, 0.0))  # noqa: PLR0124  # NaN is not itself
+    return kernels.lifted_slope
 
 
 @plant("log_s")
@@ -186,7 +179,7 @@ def kernel_slope_of_both_sides(_: Any) -> Any:
 @plant("expm1")
 def kernel_target_not_subtracted(_: Any) -> Any:
     """∂ℓ/∂x = γ′·p, also at the target."""
-    return lambda x: tl.exp(x)
+    return lambda x: tl.exp(x) * 1.0
 
 
 @plant("weighted")
