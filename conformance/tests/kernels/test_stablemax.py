@@ -19,6 +19,8 @@ from trysquare_conformance.snapshots import to_array
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'trysquare[triton]')")
 
+from triton.runtime.errors import OutOfResources
+
 from trysquare import kernels
 from trysquare.kernels import stablemax as own
 
@@ -154,6 +156,19 @@ def test_the_module_runs_what_it_was_asked_for() -> None:
 def test_there_are_two_launches_each_way() -> None:
     made = launches(torch.randn(64, 1000), torch.zeros(64, dtype=torch.int64), label_smoothing=0.1)
     assert [launch.kernel.__name__ for launch in made] == ["_sums", "_finish", "_factors", "_gradient"]
+
+
+def test_a_kernel_that_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Uncompilable:
+        __name__ = "_sums"
+
+        def __getitem__(self, _: Any) -> Any:
+            raise OutOfResources(2, 1, "shared memory")
+
+    monkeypatch.setattr(own, "_sums", Uncompilable())
+    problem = own.problem_of(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), None, -100, 0.0, torch.float32)
+    with pytest.raises(RuntimeError, match=r"cannot compile the kernel _sums .*\(2, 3\).*Triton .*backend='eager'"):
+        own.losses(problem)
 
 
 def test_nothing_to_compute_is_no_launch() -> None:

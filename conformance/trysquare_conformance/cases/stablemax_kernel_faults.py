@@ -143,7 +143,7 @@ def kernel_exponential_below(_: Any) -> Any:
 @plant("falls")
 def kernel_s_of_magnitude(_: Any) -> Any:
     """1 / (1 + |x|) on both sides."""
-    return kernels.lifted_slope
+    return lambda x: kernels.damped(kernels.LIFT, x)
 
 
 @plant("log_s")

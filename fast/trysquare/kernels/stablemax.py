@@ -227,21 +227,21 @@ def _tile(problem: Problem, height: int, width: int) -> dict[str, object]:
 
 
 @triton.jit
-def grows(x):
-    """max(x, 0), scaled by the headroom."""
-    return tl.where(x > 0, x, 0.0) * HEADROOM
+def with_growing(total, x):
+    """total + max(x, 0), which is scaled by the headroom."""
+    return tl.fma(tl.maximum(x, 0.0), HEADROOM, total)
 
 
 @triton.jit
-def lifted_slope(x):
-    """γ′ = 1/(1 + |x|), scaled by the lift. A GPU's quick quotient does: by quarters no reciprocal is subnormal."""
-    return (0.25 * LIFT) / (0.25 + 0.25 * tl.abs(x))
+def damped(a: tl.constexpr, x):
+    """a/(1 + |x|) by a GPU's quick quotient; by quarters its reciprocals are no subnormal numbers either."""
+    return (0.25 * a) / (0.25 + 0.25 * tl.abs(x))
 
 
 @triton.jit
 def falls(x):
-    """1/(1 − min(x, 0)), scaled by the lift; NaN for NaN."""
-    return tl.where(x > 0, LIFT, lifted_slope(x))
+    """1/(1 − min(x, 0)), scaled by the lift; NaN for NaN, 0 for −∞."""
+    return damped(LIFT, tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
@@ -345,9 +345,9 @@ def _sums(
     for start in range(first, tl.minimum(first + part, classes), COLUMNS):
         column = tl.expand_dims(start + tl.arange(0, COLUMNS), 1 - CLASSES)
         inside = counted & (column < classes)
-        z = widened(tl.load(begin + column.to(tl.int64) * stride, mask=inside, other=0.0), DTYPE)
-        below += tl.where(inside, falls(z), 0.0)
-        above += grows(z)
+        z = widened(tl.load(begin + column.to(tl.int64) * stride, mask=inside, other=float("-inf")), DTYPE)
+        below += falls(z)
+        above = with_growing(above, z)
         if SMOOTHS:
             gammas += weighted(log_s(z), weight, column, inside, column < classes)
     place = sums + (program % parts).to(tl.int64) * positions + position
@@ -470,7 +470,7 @@ def _factors(
 @triton.jit
 def log_s_slope(x):
     """γ′."""
-    return lifted_slope(x) * (1.0 / LIFT)
+    return damped(1.0, x)
 
 
 @triton.jit
@@ -527,6 +527,6 @@ def _gradient(
     if SMOOTHS:
         lift = tl.load(factors + position + positions + positions, mask=here, other=0.0)
         value -= weighted(slope * tl.expand_dims(lift, CLASSES), weight, column, inside, is_class)
-    value = tl.where(column == tl.expand_dims(y, CLASSES), at_y, value)
+    value = tl.where(column == tl.expand_dims(y.to(tl.int32), CLASSES), at_y, value)  # an index outside makes all NaN
     written = tl.expand_dims(here, CLASSES) & is_class
     tl.store(tl.expand_dims(to_begin, CLASSES) + offset * to_stride, narrowed(value, TO), mask=written)
