@@ -113,6 +113,21 @@ def test_one_logit_that_is_not_finite_spreads_as_far_as_in_eager() -> None:
     in_interpreter(_one_bad_logit)
 
 
+def _weight_of_zero() -> None:
+    x, weight = torch.tensor([[0.0, -torch.inf, 1.0]] * 2, dtype=torch.float64), torch.tensor([1.0, 0.0, 1.0]).double()
+    for smoothing in (0.0, 0.1):
+        options: dict[str, Any] = {"reduction": "none", "label_smoothing": smoothing}
+        mine, eager = (
+            stablemax_cross_entropy(x, torch.tensor([1, 0]), weight, **options, backend=backend)
+            for backend in ("triton", "eager")
+        )
+        assert_same(to_array(mine), to_array(eager))
+
+
+def test_a_weight_of_zero_counts_nothing_even_where_the_loss_would_be_infinite() -> None:
+    in_interpreter(_weight_of_zero)
+
+
 def _twice_differentiable() -> None:
     torch.manual_seed(0)
     x, target = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.tensor([0, -100, 4])
