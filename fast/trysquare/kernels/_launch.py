@@ -15,6 +15,8 @@ import torch
 import triton
 from torch import Tensor
 from triton import language as tl
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
 
 from trysquare import _backend
 
@@ -94,8 +96,11 @@ def launch(
     if _backend.rehearsing:
         _compile(kernel, programs, arguments, constants, options)
         return
-    with _device_of(arguments[0]):
-        kernel[(programs,)](*arguments, **constants, **options)
+    try:
+        with _device_of(arguments[0]):
+            kernel[(programs,)](*arguments, **constants, **options)
+    except (CompilationError, OutOfResources) as error:  # before anything runs
+        raise _not_compiled(kernel, arguments, constants, error) from error
     _backend.calls["triton", kernel.__name__] += 1
 
 
@@ -106,13 +111,19 @@ def _compile(
         with _device_of(arguments[0]):
             kernel.warmup(*arguments, grid=(programs,), **constants, **options)
     except Exception as error:
-        shapes = ", ".join(str(tuple(a.shape)) for a in arguments if isinstance(a, Tensor))
-        chosen = ", ".join(f"{name}={value}" for name, value in constants.items())
-        raise RuntimeError(
-            f"Triton cannot compile the kernel {kernel.__name__} ({chosen}; arguments of shape {shapes}) on "
-            f"{arguments[0].device} with Triton {triton.__version__} and torch {torch.__version__}: {error}. "
-            "Nothing was changed; backend='eager' does the same without Triton"
-        ) from error
+        raise _not_compiled(kernel, arguments, constants, error) from error
+
+
+def _not_compiled(
+    kernel: Any, arguments: Sequence[Any], constants: Mapping[str, Any], error: Exception
+) -> RuntimeError:
+    shapes = ", ".join(str(tuple(a.shape)) for a in arguments if isinstance(a, Tensor))
+    chosen = ", ".join(f"{name}={value}" for name, value in constants.items())
+    return RuntimeError(
+        f"Triton cannot compile the kernel {kernel.__name__} ({chosen}; arguments of shape {shapes}) on "
+        f"{arguments[0].device} with Triton {triton.__version__} and torch {torch.__version__}: {error}. "
+        "Nothing was changed; backend='eager' does the same without Triton"
+    )
 
 
 def _device_of(tensor: Tensor) -> Any:
@@ -148,6 +159,11 @@ def floats(device: torch.device, *values: float | Tensor) -> Tensor:
         return _on(device, tuple(float(value) for value in values), torch.float64)
     parts = [v.detach() if isinstance(v, Tensor) else _on(device, float(v), torch.float64) for v in values]
     return torch.stack([part.to(device, torch.float64, non_blocking=True) for part in parts])
+
+
+def integers(device: torch.device, *values: int) -> Tensor:
+    """Numbers as one int64 tensor on the device."""
+    return _on(device, values, torch.int64)
 
 
 KEPT = 4096
