@@ -49,7 +49,10 @@ class Norms(Optimizer):
         if all(map(self._launches, batches)) and len({batch.parameters[0].device for batch in batches}) == 1:
             from trysquare.kernels import clipping as kernels
 
-            sums = [kernels.sums_of_squares(b.gradients) for b in batches if b.gradients[0].numel()]
+            gradients = [[g for g in b.gradients if g.is_contiguous()] for b in batches if b.gradients[0].numel()]
+            sums = [kernels.sums_of_squares(dense) for dense in gradients if dense]
+            others = [g for b in batches for g in b.gradients if not g.is_contiguous()]
+            sums += [self._sum_of_squares(gradient).view(1) for gradient in others]
             sums = sums or [torch.zeros(1, dtype=torch.float64, device=batches[0].gradients[0].device)]
             value, scale, finite = kernels.finish(sums, max_norm)
             return Norm(value, scale if max_norm else None, finite)
