@@ -19,6 +19,7 @@ from trysquare_conformance import faults, registry
 from trysquare_conformance.compare import BudgetStore, run_case
 from trysquare_conformance.lanes import LANES, Lane
 from trysquare_conformance.report.schema import plain
+from trysquare_conformance.verdict import EXIT_CODES, GOOD
 from trysquare_conformance.witness import Witness
 
 
@@ -30,6 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", required=True, type=Path, help="folder that the lanes of one run share")
     parser.add_argument("--case", action="append", default=[], metavar="GLOB")
     parser.add_argument("--fault", action="append", default=[], metavar="GLOB", help="plant faults instead")
+    parser.add_argument("--strict", action="store_true", help="fail after the first case that is not right")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--part", type=int, default=0, help="which of the parts of the lane's cases")
     parser.add_argument("--parts", type=int, default=1)
@@ -52,6 +54,8 @@ def main() -> None:
         _write(lines, {"event": "case", "case": case.id})
         result = run_case(registry.ALGORITHMS[case.algorithm], case, lane, budgets, witness)
         _write(lines, {"event": "result", "result": result})
+        if options.strict and result["status"] not in GOOD:
+            sys.exit(EXIT_CODES["wrong"])
     _write(lines, {"event": "end", "witness": witness.summary()})
 
 

@@ -1,5 +1,6 @@
 """Kernels compiled ahead of time: what a launch becomes, and that a spill or a failure is told."""
 
+import re
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from trysquare_conformance.verdict import verdict
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: it has wheels for Linux only")
 
-
+from triton.backends.compiler import GPUTarget  # noqa: E402
 
 
 def of(step: Any) -> list[ahead_of_time.Request]:
@@ -58,6 +59,16 @@ def test_a_kernel_that_fits_tells_what_it_takes(target: str) -> None:
     assert (found["status"], found["error"]) == ("fits", None)
     assert (found["registers"] or 0) > 8
     assert (found["local"], found["stack"], found["spills"]) == (0, 0, 0)
+
+
+def test_places_are_64_bit_numbers() -> None:
+    """Members × rows × columns may exceed 2³¹."""
+    target = GPUTarget("cuda", 90, 32)
+    step, shapes = main_configurations._step, main_configurations.SHAPES
+    for request in of(lambda: step(trysquare.DolphinFlow, shapes, torch.float32)):
+        made = triton.compile(ahead_of_time._source(request, target), target=target, options=dict(request.options))
+        places = re.findall(r"tt\.addptr .* : tensor<\S*!tt\.ptr<f32>>, tensor<\S*x(i\d+)>", made.asm["ttir"])
+        assert set(places) <= {"i64"}, request.kernel.__name__
 
 
 def test_a_planted_spill_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

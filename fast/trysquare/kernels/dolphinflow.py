@@ -180,7 +180,7 @@ def _row_products(
     along = tl.zeros((TILE,), dtype=tl.float64)
     square = tl.zeros((TILE,), dtype=tl.float64)
     for offset in range(0, PART, TILE):
-        column = (program % parts) * PART + offset + tl.arange(0, TILE)
+        column = (program % parts).to(tl.int64) * PART + offset + tl.arange(0, TILE)
         here = column < columns
         w = widened(tl.load(w_place + column, mask=here, other=0.0), STATE)
         x = clipped(tl.load(g_place + column, mask=here, other=0.0), scale, STATE)
