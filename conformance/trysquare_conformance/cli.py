@@ -244,4 +244,4 @@ class Bars:
     def __call__(self, name: str, done: int, total: int) -> None:
         if name not in self.tasks:
             self.tasks[name] = self.bars.add_task(name, total=total)
-        self.bars.update(self.tasks[name], completed=done)
+        self.bars.update(self.tasks[name], completed=done, total=total)

@@ -71,7 +71,7 @@ def run(
         budgets: A folder with budgets that this run has measured already.
 
     Raises:
-        RuntimeError: A lane cannot run here.
+        RuntimeError: A lane cannot run here, or its process ended early.
     """
     with tempfile.TemporaryDirectory(prefix="trysquare-") as folder:
         place = budgets or Path(folder)
@@ -83,10 +83,13 @@ def _run_lane(lane: Lane, budgets: Path, globs: Sequence[str], progress: Progres
     if reason is not None:
         raise RuntimeError(f"{lane.name} cannot run here: {reason}")
     here = planted_in(lane, globs)
-    found = plant(lane, here, budgets) if _is_at_home(lane) else _plant_apart(lane, here, budgets, globs)
-    for done, outcome in enumerate(found, 1):
+    name = f"faults, {lane.name}"
+    if not _is_at_home(lane):
+        yield from _plant_apart(lane, here, budgets, globs, lambda _, done, __: progress(name, done, len(here)))
+        return
+    for done, outcome in enumerate(plant(lane, here, budgets), 1):
         yield outcome
-        progress(f"faults, {lane.name}", done, len(here))
+        progress(name, done, len(here))
 
 
 def planted_in(lane: Lane, globs: Sequence[str]) -> list[Fault]:
@@ -110,11 +113,13 @@ def _is_at_home(lane: Lane) -> bool:
     return all(os.environ.get(name) == value for name, value in lane.environment)
 
 
-def _plant_apart(lane: Lane, chosen: Sequence[Fault], budgets: Path, globs: Sequence[str]) -> Iterator[Outcome]:
+def _plant_apart(
+    lane: Lane, chosen: Sequence[Fault], budgets: Path, globs: Sequence[str], progress: Progress
+) -> Iterator[Outcome]:
     """Plant in a process with the lane's environment."""
     worker = [sys.executable, "-m", "trysquare_conformance.worker", "--lane", lane.name, "--tier", "quick"]
     command = [*worker, "--budgets", str(budgets), *(f"--fault={glob}" for glob in globs)]
-    process = FaultProcess(lane.name, lane, (), command, lambda *_: None)
+    process = FaultProcess(lane.name, lane, (), command, progress)
     process.run()
     missing = [fault.id for fault in chosen if fault.id not in process.caught]
     if missing:
@@ -131,6 +136,7 @@ class FaultProcess(LaneProcess):
     def _take(self, message: dict[str, Any]) -> None:
         if message["event"] == "fault":
             self.caught[message["fault"]] = message["caught"]
+            self.progress(self.name, len(self.caught), 0)
         else:
             super()._take(message)
 

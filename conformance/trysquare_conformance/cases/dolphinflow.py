@@ -167,6 +167,8 @@ def _quick_eager(core: Choice) -> Iterator[Choice]:
     yield {"shapes": LONG_ROWS, "project": "update", "adaptive_lr": False}
     yield {"shapes": SHORT_ROWS}
     yield {"shapes": ((31, 37),), "layout": "expanded"}
+    yield {"shapes": SEVERAL, "ortho_mode": "matrix", "bias_correction": False, "weight_decay": 0.1, "steps": 2}
+    yield {"shapes": SMALL, "ortho_mode": "matrix", "inputs": "zero-gradient"}
     plain = {"gradient_clipping": None, "momentum": 0.0, "beta2": 0.5, "eps": 1e-3, "layout": "transposed"}
     yield {**core, **plain}
 
@@ -183,8 +185,6 @@ def _quick_rest(core: Choice) -> Iterator[Choice]:
     yield {**core, "dtype": "bfloat16", "ortho_mode": "matrix"}
     yield {"shapes": SEVERAL, "inputs": "missing", "workspace_bytes": SMALL_WORKSPACE, "steps": 2}
     yield {"shapes": SEVERAL, "second_group": SECOND_GROUP, "gradient_clipping": 0.05, "steps": 2}
-    yield {"shapes": SEVERAL, "ortho_mode": "matrix", "bias_correction": False, "weight_decay": 0.1, "steps": 2}
-    yield {"shapes": SMALL, "ortho_mode": "matrix", "inputs": "zero-gradient"}
 
 
 def allowed(choice: Choice) -> bool:
