@@ -117,7 +117,7 @@ def test_the_page_says_the_verdict_the_machine_what_was_not_run_and_the_faults(w
         "stale-scale",
         "0.6 budgets in bf16",
         "2 spill or do not compile",
-        "96 · 4 KiB",
+        "96 · 4K",
         "spills (96 registers, 64 local, 0 stack, 0 spills)",
         ERRORS["expected failure"][:30],
     ):
@@ -288,7 +288,7 @@ def test_markdown_shows_matrix_machine_reasons_and_faults(wrong: dict[str, Any])
     assert "| eager-cuda | torch sees no CUDA or ROCm device |" in source
     for said in ("2.13.0+cpu", "41 of 44 planted faults caught", "`stale-scale`", "What the budgets resolve to"):
         assert said in source
-    for said in ("2 spill or do not compile", "96 · 4 KiB", "no such instruction"):
+    for said in ("2 spill or do not compile", "96 · 4K", "no such instruction"):
         assert said in source
 
 

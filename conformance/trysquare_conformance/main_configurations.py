@@ -42,7 +42,7 @@ def configurations() -> Iterator[Configuration]:
         step = partial(_step, trysquare.DolphinFlow8bit, SHAPES, dtype, ortho_mode=mode)
         yield Configuration("dolphinflow8bit", f"{mode}/{short}", step)
     for (short, dtype), batched in product(DTYPES.items(), (False, True)):
-        yield Configuration("thorn", f"batched={batched}/{short}", partial(_thorn, dtype, batched=batched))
+        yield Configuration("thorn", f"batched={batched}/{short}", partial(_thorn, dtype, batched))
     for short, dtype in DTYPES.items():
         yield Configuration("stablemax", short, partial(_stablemax, dtype, backend="triton"))
 
@@ -61,11 +61,15 @@ def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> torch.nn.Parameter
     return parameter
 
 
-def _thorn(dtype: torch.dtype, **options: Any) -> None:
-    """Two of each matrix, so that a batch has more than one, and what is beside them."""
-    kinds = {True: (*MATRICES, *MATRICES), False: ((768,), (3072,), (16, 768))}
-    groups = [{"params": [_parameter(s, dtype) for s in kinds[kind]], "orthogonalize": kind} for kind in kinds]
-    trysquare.THORN(groups, backend="triton", **options).step()
+def _thorn(dtype: torch.dtype, batched: bool) -> None:
+    """Two of each matrix, as two parameters or as one, and what is beside them."""
+    matrices = tuple((2, *shape) for shape in MATRICES) if batched else (*MATRICES, *MATRICES)
+    kinds: dict[bool, Shapes] = {True: matrices, False: ((768,), (3072,), (16, 768))}
+    groups = [
+        {"params": [_parameter(shape, dtype) for shape in shapes], "orthogonalize": kind, "batched": batched and kind}
+        for kind, shapes in kinds.items()
+    ]
+    trysquare.THORN(groups, backend="triton").step()
 
 
 def _stablemax(dtype: torch.dtype, **options: Any) -> None:

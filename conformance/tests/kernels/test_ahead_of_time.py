@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import trysquare
 from trysquare_conformance import ahead_of_time, cli, main_configurations
+from trysquare_conformance.lanes import WITH_KERNELS
 from trysquare_conformance.main_configurations import Configuration
 from trysquare_conformance.report.sample import kernel
 from trysquare_conformance.report.schema import Kernel
@@ -97,6 +98,10 @@ def test_a_configuration_that_launches_nothing_is_an_error() -> None:
     found, (error,) = ahead_of_time.requests([configuration])
     assert found == []
     assert (error["status"], error["error"]) == ("error", "the configuration launches no kernel")
+
+
+def test_every_algorithm_with_kernels_has_main_configurations() -> None:
+    assert set(WITH_KERNELS) <= {configuration.algorithm for configuration in main_configurations.configurations()}
 
 
 def test_a_process_that_ends_early_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from trysquare_conformance.report.schema import Kernel
 from trysquare_conformance.report.text import clean, count
 
 SHOWN = 10
-CAPTION = "registers of a thread, shared memory of a program: the most of any form"
+CAPTION = "registers of a thread, shared bytes of a program (K: 1024): the most of any form"
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Cell:
 
     @property
     def text(self) -> str:
-        """`96 · 4 KiB`."""
+        """`96 · 4K`."""
         if self.registers is None or self.shared is None:
             return "–"
-        return f"{self.registers} · " + (f"{self.shared} B" if self.shared < 1024 else f"{self.shared / 1024:.3g} KiB")
+        return f"{self.registers} · " + (f"{self.shared}" if self.shared < 1024 else f"{self.shared / 1024:.3g}K")
 
 
 @dataclass(frozen=True)
