@@ -214,10 +214,15 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
-    """The CUDA lanes, on the torch of the environment that runs nox: a CUDA build is that machine's own business."""
-    lanes = [text for lane in ("eager-cuda", "compiled-cuda", "triton-cuda") for text in ("--lane", lane)]
-    arguments = session.posargs or [*lanes, "--tier", "standard", *files("gpu")]
-    session.run(sys.executable, "-m", "trysquare_conformance", "verify", *arguments, env=from_sources())
+    """Right first, then fast: the CUDA lanes, captured steps and the benchmarks; arguments go to the benchmarks.
+
+    On the torch of the environment that runs nox: a CUDA build is that machine's own business.
+    """
+    lanes = [word for lane in ("triton-cuda", "eager-cuda", "compiled-cuda") for word in ("--lane", lane)]
+    verify = ["verify", *lanes, "--tier", "standard", *files("gpu")]
+    session.run(sys.executable, "-m", "trysquare_conformance", *verify, env=from_sources())
+    session.run(sys.executable, "-m", "pytest", "conformance/tests/fast/test_capture_cuda.py", env=from_sources())
+    session.run(sys.executable, "-m", "benchmarks", "gpu", *session.posargs, env=from_sources())
 
 
 @nox.session(venv_backend="none")

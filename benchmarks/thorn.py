@@ -49,7 +49,12 @@ def given(shapes: Sequence[tuple[int, ...]]) -> list[torch.nn.Parameter]:
 
 
 def thorn(shapes: Sequence[tuple[int, ...]], orthogonalize: bool, backend: str = "eager") -> torch.optim.Optimizer:
-    groups = [{"params": given(shapes), "orthogonalize": orthogonalize}]
+    return over(given(shapes), orthogonalize, backend)
+
+
+def over(parameters: list[torch.nn.Parameter], orthogonalize: bool, backend: str) -> torch.optim.Optimizer:
+    """THORN on parameters that keep their gradients."""
+    groups = [{"params": parameters, "orthogonalize": orthogonalize}]
     return THORN(groups, lr=1e-3, betas=(0.95, 0.95), none_grad=False, backend=backend)
 
 
