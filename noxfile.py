@@ -194,8 +194,12 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
-    """The CUDA lanes, on the torch of the environment that runs nox: a CUDA build is that machine's own business."""
-    roots = os.pathsep.join(str(ROOT / source) for source in SOURCES)
-    lanes = ["--lane", "eager-cuda", "--lane", "compiled-cuda"]
-    arguments = session.posargs or [*lanes, "--tier", "standard", *files("gpu")]
-    session.run(sys.executable, "-m", "trysquare_conformance", "verify", *arguments, env={"PYTHONPATH": roots})
+    """Right first, then fast: the CUDA lanes and the benchmarks; arguments go to the benchmarks.
+
+    On the torch of the environment that runs nox: a CUDA build is that machine's own business.
+    """
+    roots = {"PYTHONPATH": os.pathsep.join(str(ROOT / source) for source in SOURCES)}
+    lanes = [word for lane in ("triton-cuda", "eager-cuda", "compiled-cuda") for word in ("--lane", lane)]
+    verify = ["verify", *lanes, "--tier", "standard", *files("gpu")]
+    session.run(sys.executable, "-m", "trysquare_conformance", *verify, env=roots)
+    session.run(sys.executable, "-m", "benchmarks", "gpu", *session.posargs, env=roots)
