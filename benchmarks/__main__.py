@@ -1,11 +1,13 @@
-"""`python -m benchmarks [cpu | eightbit | thorn | demo | text | digits | tables]`; without a name, `cpu`."""
+"""`python -m benchmarks [cpu | gpu | eightbit | thorn | demo | text | digits | tables]`; without a name, `cpu`."""
 
 import sys
 
 from benchmarks import cpu, demo, eightbit, tables, thorn
+from benchmarks.gpu import command as gpu
 
 COMMANDS = {
     "cpu": cpu.main,
+    "gpu": gpu.main,
     "eightbit": eightbit.main,
     "thorn": thorn.main,
     "demo": demo.main,

@@ -16,7 +16,7 @@ import torch
 from trysquare import _backend
 from trysquare_conformance import originals
 
-WITH_KERNELS = ("blockwise8bit", "dolphinflow", "dolphinflow8bit")
+WITH_KERNELS = ("blockwise8bit", "dolphinflow", "dolphinflow8bit", "stablemax", "thorn")
 """The algorithms that have Triton kernels."""
 
 COMPILER_CHECK_SECONDS = 60

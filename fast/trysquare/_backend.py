@@ -31,8 +31,12 @@ only_recorded = False
 """Whether kernels' launches are only written down, so that no GPU is needed; `kernels.recording` sets it."""
 
 
-def check(backend: str, algorithm: str) -> None:
-    """Raise if ``backend`` cannot be met on this machine, whatever device the parameters will be on.
+WITHOUT_TRITON = "'auto', 'eager' or 'compiled'"
+"""What may be asked for instead, of an optimizer."""
+
+
+def check(backend: str, algorithm: str, instead: str = WITHOUT_TRITON) -> None:
+    """Raise if ``backend`` cannot be met on this machine, whatever device the tensors will be on.
 
     Raises:
         ImportError: Triton is not installed.
@@ -43,20 +47,20 @@ def check(backend: str, algorithm: str) -> None:
     if importlib.util.find_spec("triton") is None:
         raise ImportError(
             f"backend='triton': {algorithm} needs the package triton, which is not installed: "
-            "pip install 'trysquare[triton]'; the backends 'auto', 'eager' and 'compiled' do without it"
+            f"pip install 'trysquare[triton]', or use {instead}, which do without it"
         )
     if not (torch.cuda.is_available() or interpreted() or only_recorded):
         raise ValueError(
             f"backend='triton': {algorithm} needs an NVIDIA or AMD GPU for its kernels, and torch sees none: use "
-            "'auto', 'eager' or 'compiled', or set TRITON_INTERPRET=1 before the start to interpret kernels on the CPU"
+            f"{instead}, or set TRITON_INTERPRET=1 before the start to interpret kernels on the CPU"
         )
 
 
-def check_device(device: torch.device, name: str) -> None:
-    """Raise a ValueError if Triton kernels cannot run where a parameter is."""
+def check_device(device: torch.device, name: str, instead: str = WITHOUT_TRITON) -> None:
+    """Raise a ValueError if Triton kernels cannot run where a tensor is."""
     missing = triton_missing(device)
     if missing is not None:
-        raise ValueError(f"{name} is on {device} and backend='triton': {missing}; use 'auto', 'eager' or 'compiled'")
+        raise ValueError(f"{name} is on {device} and backend='triton': {missing}; use {instead}")
 
 
 def interpreted() -> bool:

@@ -114,7 +114,7 @@ def _group_of_adamw(group: Mapping[str, Any]) -> dict[str, Any]:
         "lr": float(group["lr"]),
         "betas": (group["momentum"], group["beta2"]),
         "eps": group["eps"],
-        "weight_decay": group["weight_decay"],
+        "weight_decay": float(group["weight_decay"]),
         "alpha": 0.0,
         "t_alpha": None,
         "t_beta3": None,

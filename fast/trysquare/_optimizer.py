@@ -51,6 +51,9 @@ class BatchedOptimizer(Norms):
     _carried: ClassVar[Mapping[str, tuple[Any, Constraint]]] = {}
     """What a group carries from step to step besides its hyperparameters: the value in a new group, what it may be."""
 
+    _constant_entries: ClassVar[frozenset[str]] = frozenset()
+    """Names of a state that no step writes: what was computed from them may be kept."""
+
     _backends: ClassVar[tuple[str, ...]] = _backend.BACKENDS
     """What ``backend`` may be."""
 
@@ -190,19 +193,20 @@ class BatchedOptimizer(Norms):
         for group in self.param_groups:
             batches += self._batches(group, traced)
         if batches:
-            self._rehearse(batches)
+            self._rehearse(batches, self._move)
             self._move(batches)
         return loss
 
-    def _rehearse(self, batches: Sequence[Batch]) -> None:
+    def _rehearse(self, batches: Sequence[Batch], move: Callable[[Sequence[Batch]], None]) -> None:
         """Compile the kernels of batches of a new kind: one that cannot be compiled fails before anything moves."""
-        new = {_kind(batch) for batch in batches if self._launches(batch)} - self._rehearsed
+        launched = [batch for batch in batches if self._launches(batch)]  # what is not would move for good
+        new = {_kind(batch) for batch in launched} - self._rehearsed
         if not new:
             return
         from trysquare.kernels import compiling
 
         with compiling():
-            self._move(batches)
+            move(launched)
         self._rehearsed |= new
 
     def _batches(self, group: Group, traced: bool) -> list[Batch]:

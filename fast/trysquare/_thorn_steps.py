@@ -13,7 +13,7 @@ from trysquare._averaging import Averaging
 from trysquare._batches import Batch, Piece
 from trysquare._optimizer import Group
 from trysquare._parameters import arithmetic
-from trysquare.ops import moments, polar, polar_express, rectification, schedule_free
+from trysquare.ops import _scratch, moments, polar, polar_express, rectification, schedule_free
 from trysquare.ops import thorn as ops
 
 
@@ -22,16 +22,45 @@ class Steps(Averaging):
 
     def _move(self, batches: Sequence[Batch]) -> None:
         finite = self._finite(self._norm(batches, None)) if self.nonfinite == "skip" else None
+        if torch.compiler.is_compiling():
+            self._move_each(batches, finite)
+            return
+        with _scratch.kept():
+            self._move_each([batch for batch in batches if batch.group["orthogonalize"]], finite)
+        self._move_each([batch for batch in batches if not batch.group["orthogonalize"]], finite)
+
+    def _move_each(self, batches: Sequence[Batch], finite: Tensor | None) -> None:
         for batch in batches:
-            _batches.advance(batch.state["step"], finite)
+            self._advance(batch, finite)
             if batch.parameters[0].numel():
                 self._move_batch(batch, finite)
-            if batch.group["none_grad"]:
+            if batch.group["none_grad"] and not _backend.rehearsing:
                 for parameter in batch.parameters:
                     parameter.grad = None
 
+    def _advance(self, batch: Batch, finite: Tensor | None) -> None:
+        if self._launches(batch):
+            from trysquare import _thorn_launches
+
+            _thorn_launches.advance(batch, finite)
+        else:
+            _batches.advance(batch.state["step"], finite)
+
+    def _launch_batch(self, batch: Batch, finite: Tensor | None) -> None:
+        from trysquare import _thorn_launches
+
+        group, first = batch.group, batch.parameters[0]
+        workspace = self._workspace(first.device)
+        if group["orthogonalize"]:
+            shape = matrix_shape(group, first)
+            _thorn_launches.step_matrices(batch, shape, rule_of(group, first), finite, workspace)
+        else:
+            _thorn_launches.step_others(batch, "step", finite, workspace)
+
     def _move_batch(self, batch: Batch, finite: Tensor | None) -> None:
-        if batch.group["orthogonalize"]:
+        if self._launches(batch):
+            self._launch_batch(batch, finite)
+        elif batch.group["orthogonalize"]:
             self._orthogonalized(batch, finite)
         elif batch.group["schedule_free"]:
             self._schedule_free_adam(batch, finite)

@@ -40,7 +40,7 @@ class DolphinFlow(LossAware):
     Args:
         params: parameters, ``named_parameters()`` or groups.
         lr: learning rate $\eta$, a float or a 0-dim tensor.
-        weight_decay: decoupled decay $\lambda$.
+        weight_decay: decoupled decay $\lambda$, a float or a 0-dim tensor.
         momentum: $\mu$ in [0, 1).
         ortho_mode: ``"vector"`` projects each row as above; ``"matrix"`` orthogonalizes $u$ by Newton–Schulz
             iterations, keeping its norm; None does neither.
@@ -60,10 +60,13 @@ class DolphinFlow(LossAware):
             this step, without a synchronisation, and counts it (`skipped_steps`); ``"raise"`` raises.
         workspace_bytes: bound on the scratch memory of one call of the update, where it can be split: by rows, so that
             one row is the least. None: chosen by measurement for each kind of device.
-        backend: ``"eager"``, ``"compiled"`` (the updates through `torch.compile`) or ``"auto"`` (eager).
+        backend: ``"eager"``, ``"compiled"`` (the updates through `torch.compile`), ``"triton"`` (kernels for NVIDIA and
+            AMD GPUs) or ``"auto"``: Triton on a GPU where it is installed, else eager.
 
     Raises:
         TypeError, ValueError: names the argument or parameter, its value and what is allowed; nothing has changed.
+        ImportError: ``backend="triton"`` without that package.
+        RuntimeError: a kernel cannot be compiled, found before anything moves.
 
     Example:
         >>> model = torch.nn.Linear(100, 10)
@@ -78,7 +81,7 @@ class DolphinFlow(LossAware):
 
     _constraints: ClassVar[Mapping[str, Constraint]] = {
         "lr": Number(tensor=True),
-        "weight_decay": Number(),
+        "weight_decay": Number(tensor=True),
         "momentum": Number(high=1.0),
         "ortho_mode": Choice(("vector", "matrix", None)),
         "adaptive_lr": Flag(),
@@ -97,7 +100,7 @@ class DolphinFlow(LossAware):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-4,
-        weight_decay: float = 1e-2,
+        weight_decay: float | Tensor = 1e-2,
         momentum: float = 0.9,
         ortho_mode: str | None = "vector",
         adaptive_lr: bool = True,

@@ -37,7 +37,7 @@ class DolphinFlow8bit(CodedLaunches):
     Args:
         params: parameters, ``named_parameters()`` or groups.
         lr: learning rate $\eta$, a float or a 0-dim tensor.
-        weight_decay: decoupled decay $\lambda$.
+        weight_decay: decoupled decay $\lambda$, a float or a 0-dim tensor.
         momentum: $\beta_1$ in [0, 1); AdamW's, not Nesterov's as in `DolphinFlow`.
         ortho_mode: ``"vector"`` projects each row of the gradient off the same row of the weights; ``"matrix"``
             orthogonalizes the gradient by Newton–Schulz iterations, keeping its norm; None does neither.
@@ -80,7 +80,7 @@ class DolphinFlow8bit(CodedLaunches):
 
     _constraints: ClassVar[Mapping[str, Constraint]] = {
         "lr": Number(tensor=True),
-        "weight_decay": Number(),
+        "weight_decay": Number(tensor=True),
         "momentum": Number(high=1.0),
         "ortho_mode": Choice(("vector", "matrix", None)),
         "adaptive_lr": Flag(),
@@ -92,13 +92,14 @@ class DolphinFlow8bit(CodedLaunches):
         "loss_ema_beta": Number(high=1.0),
     }
     _entries: ClassVar[tuple[str, ...]] = ("step", "state1", "qmap1", "absmax1", "state2", "qmap2", "absmax2")
+    _constant_entries: ClassVar[frozenset[str]] = frozenset({"qmap1", "qmap2"})
     _backends: ClassVar[tuple[str, ...]] = (*_backend.BACKENDS, "bitsandbytes")
 
     def __init__(
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-4,
-        weight_decay: float = 1e-2,
+        weight_decay: float | Tensor = 1e-2,
         momentum: float = 0.9,
         ortho_mode: str | None = "vector",
         adaptive_lr: bool = True,

@@ -259,7 +259,7 @@ class DolphinFlow8bitSubject(DolphinFlowSubject):
 
     def stages(self, case: Case, lane: Lane) -> Iterator[Stage]:
         """As of any optimizer, with scaled values in the place of codes."""
-        for stage, (before, feed) in zip(super().stages(case, lane), self.trajectory(case), strict=True):
+        for stage, (_, before, feed) in zip(super().stages(case, lane), self.looked_at(case), strict=True):
             yield replace(stage, fast=partial(self._observed, case, before, feed, stage.fast))
 
     def drift(self, case: Case, lane: Lane) -> None:

@@ -82,3 +82,13 @@ def clipped(g, scale, DTYPE: tl.constexpr):
     if scale is not None:
         wide = wide * tl.load(scale).to(DTYPE)
     return wide
+
+
+@triton.jit
+def dotted(left, right, total):
+    """total + left · right in float32; products of float32 numbers are not rounded to TF32."""
+    if BY_BITS:  # the interpreter multiplies the bits of bfloat16 numbers as integers
+        y = tl.dot(widened(left, tl.float32), widened(right, tl.float32), total)
+    else:
+        y = tl.dot(left, right, total, input_precision="ieee")
+    return y

@@ -15,6 +15,8 @@ import torch
 import triton
 from torch import Tensor
 from triton import language as tl
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
 
 from trysquare import _backend
 
@@ -29,6 +31,10 @@ DTYPES = {
     torch.uint8: tl.uint8,
 }
 """The formats of elements, as kernels are told them."""
+
+FUSES = True
+"""Whether a·b + c is rounded once. Said with every launch: Triton's default is going to change."""
+
 
 @dataclass
 class Launch:
@@ -87,15 +93,19 @@ def launch(
     """
     if programs == 0:
         return
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": FUSES}
     if _backend.only_recorded:
         _recorded.append(Launch(kernel, arguments, constants, options))
         return
     if _backend.rehearsing:
-        _compile(kernel, programs, arguments, constants, options)
+        if hasattr(kernel, "warmup"):  # not in the interpreter of Triton 3.2, which compiles nothing
+            _compile(kernel, programs, arguments, constants, options)
         return
-    with _device_of(arguments[0]):
-        kernel[(programs,)](*arguments, **constants, **options)
+    try:
+        with _device_of(arguments[0]):
+            kernel[(programs,)](*arguments, **constants, **options)
+    except (CompilationError, OutOfResources) as error:  # before anything runs
+        raise _not_compiled(kernel, arguments, constants, error) from error
     _backend.calls["triton", kernel.__name__] += 1
 
 
@@ -106,13 +116,19 @@ def _compile(
         with _device_of(arguments[0]):
             kernel.warmup(*arguments, grid=(programs,), **constants, **options)
     except Exception as error:
-        shapes = ", ".join(str(tuple(a.shape)) for a in arguments if isinstance(a, Tensor))
-        chosen = ", ".join(f"{name}={value}" for name, value in constants.items())
-        raise RuntimeError(
-            f"Triton cannot compile the kernel {kernel.__name__} ({chosen}; arguments of shape {shapes}) on "
-            f"{arguments[0].device} with Triton {triton.__version__} and torch {torch.__version__}: {error}. "
-            "Nothing was changed; backend='eager' does the same without Triton"
-        ) from error
+        raise _not_compiled(kernel, arguments, constants, error) from error
+
+
+def _not_compiled(
+    kernel: Any, arguments: Sequence[Any], constants: Mapping[str, Any], error: Exception
+) -> RuntimeError:
+    shapes = ", ".join(str(tuple(a.shape)) for a in arguments if isinstance(a, Tensor))
+    chosen = ", ".join(f"{name}={value}" for name, value in constants.items())
+    return RuntimeError(
+        f"Triton cannot compile the kernel {kernel.__name__} ({chosen}; arguments of shape {shapes}) on "
+        f"{arguments[0].device} with Triton {triton.__version__} and torch {torch.__version__}: {error}. "
+        "Nothing was changed; backend='eager' does the same without Triton"
+    )
 
 
 def _device_of(tensor: Tensor) -> Any:
@@ -147,7 +163,12 @@ def floats(device: torch.device, *values: float | Tensor) -> Tensor:
     if not any(isinstance(value, Tensor) for value in values):
         return _on(device, tuple(float(value) for value in values), torch.float64)
     parts = [v.detach() if isinstance(v, Tensor) else _on(device, float(v), torch.float64) for v in values]
-    return torch.stack([part.to(device, torch.float64) for part in parts])
+    return torch.stack([part.to(device, torch.float64, non_blocking=True) for part in parts])
+
+
+def integers(device: torch.device, *values: int) -> Tensor:
+    """Numbers as one int64 tensor on the device."""
+    return _on(device, values, torch.int64)
 
 
 KEPT = 4096
@@ -155,12 +176,59 @@ KEPT = 4096
 
 _kept: dict[Any, Tensor] = {}
 
+_reserved: dict[Any, Tensor] | None = None
+
+
+@contextmanager
+def reserving() -> Iterator[dict[Any, Tensor]]:
+    """While it lasts, tables and numbers of the host get a place on their device, and nothing is copied there.
+
+    For a capture into a graph, within which nothing can be copied from the host, and need not be: nothing runs. `fill`
+    does so afterwards. The places are the graph's own, and have to be kept as long as it.
+    """
+    global _reserved  # noqa: PLW0603 (the launchers have no other way to know)
+    _reserved = {}
+    try:
+        yield _reserved
+    finally:
+        _reserved = None
+
+
+def fill(places: Mapping[Any, Tensor]) -> None:
+    """Copy from the host what was asked for while places were reserved."""
+    for (_, values, dtype, _), place in places.items():
+        place.copy_(torch.tensor(values, dtype=dtype))
+
 
 def _on(device: torch.device, values: Any, dtype: torch.dtype) -> Tensor:
     """A tensor of host numbers on a device, copied there once and without waiting for it."""
-    key = device, values, dtype, torch.cuda.current_stream(device).stream_id if device.type == "cuda" else None
+    key = device, values, dtype, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    if _reserved is not None and _writes_down(device):
+        return _place(key, _reserved)
     if key not in _kept:
+        if device.type == "cuda" and _writes_down(device):
+            raise RuntimeError(
+                "a step by Triton kernels cannot be captured into a CUDA graph as it is, for it copies addresses from "
+                "the host: use trysquare.CapturedStep(optimizer) beside your own graph, or backend='eager'"
+            )
         if len(_kept) >= KEPT:
             _kept.clear()
         _kept[key] = torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
     return _kept[key]
+
+
+def _writes_down(device: torch.device) -> bool:
+    """Whether what is launched now is captured; other threads may step while one captures."""
+    return device.type != "cuda" or torch.cuda.is_current_stream_capturing()
+
+
+def _place(key: Any, places: dict[Any, Tensor]) -> Tensor:
+    """The place of a tensor of host numbers, by its shape."""
+    device, values, dtype, _ = key
+    if key not in places:
+        places[key] = torch.empty(_shape(values), dtype=dtype, device=device)
+    return places[key]
+
+
+def _shape(values: Any) -> tuple[int, ...]:
+    return (len(values), *_shape(values[0])) if isinstance(values, tuple) else ()

@@ -19,6 +19,7 @@ from trysquare.kernels import moments, projection
 from trysquare.kernels._arithmetic import address, clipped, moved, narrowed, quotient, widened
 from trysquare.kernels._launch import DTYPES, Table, floats, launch, warps
 from trysquare.kernels.moments import correction, denominator, second_moment
+from trysquare.kernels.polar import PRODUCTS
 from trysquare.kernels.projection import coefficient, subtract
 from trysquare.ops import polar
 from trysquare.ops.dolphinflow import Rule
@@ -75,7 +76,7 @@ def step_(
     first = bucket.momentum_buffers[0]
     u = torch.empty(len(bucket.parameters), *shape, dtype=first.dtype, device=first.device)
     moments.nesterov_(bucket.momentum_buffers, bucket.gradients, list(u.unbind()), numbers[2:3], scale, finite)
-    u = polar.newton_schulz(u, rule.ns_steps, eps).contiguous()
+    u = polar.newton_schulz(u, rule.ns_steps, eps, products=PRODUCTS).contiguous()
     update_(bucket._replace(updates=list(u.unbind())), (1, shape[0] * shape[1]), numbers, scale, finite, rule)
 
 
