@@ -62,7 +62,7 @@ def test_kernels_that_cannot_be_compiled_change_nothing(
     parameter = torch.nn.Parameter(torch.ones(4, 6))
     optimizer = THORN([{"params": [parameter], "orthogonalize": orthogonalize}], backend="triton", none_grad=True)
     parameter.grad = torch.ones(4, 6)
-    compiled = _launch._compile  # noqa: SLF001
+    compiled = _launch._compile
 
     def fails(kernel: Any, *rest: Any) -> None:
         if kernel.__name__ in {"_apply", "_step"}:
