@@ -28,6 +28,11 @@ def _with(position: int, value: Any) -> Any:
     return planted
 
 
+def _named(**numbers: float) -> Any:
+    """Numbers of a group replaced, where they are given."""
+    return lambda f: lambda device, **given: f(device, **{**given, **numbers})
+
+
 def _after(kernel: str, change: Any) -> Any:
     """Something done to the arguments of one kernel after its launch."""
 
@@ -131,10 +136,10 @@ def _matrices(thorn: Any) -> None:
     )
     plant.add("kernel-moves-when-skipping", "matrices move in a step to be skipped", thorn, "step_", _with(3, None))
     plant.add("kernel-betas-swapped", "β₁ and β₂ exchanged", thorn, "numbers_of", _betas_swapped)
-    plant.add("kernel-no-safety", "the norm without 1 + safety", thorn, "numbers_of", _with(7, 0.0))
-    plant.add("kernel-no-scale", "the rate without its scale", thorn, "numbers_of", _with(6, 1.0))
-    plant.add("kernel-eps-lost", "ε is 1e-30", thorn, "numbers_of", _with(4, 1e-30))
-    plant.add("kernel-no-decay", "λ = 0", thorn, "numbers_of", _with(3, 0.0))
+    plant.add("kernel-no-safety", "the norm without 1 + safety", thorn, "numbers_of", _named(safety_factor=0.0))
+    plant.add("kernel-no-scale", "the rate without its scale", thorn, "numbers_of", _named(scale=1.0))
+    plant.add("kernel-eps-lost", "ε is 1e-30", thorn, "numbers_of", _named(eps=1e-30))
+    plant.add("kernel-no-decay", "λ = 0", thorn, "numbers_of", _named(weight_decay=0.0))
 
 
 def _stale(f: Any) -> Any:
@@ -176,7 +181,7 @@ def _by_product(_: Any) -> Any:
 
 
 def _betas_swapped(f: Any) -> Any:
-    return lambda device, lr, betas, *rest: f(device, lr, betas[::-1], *rest)
+    return lambda device, **numbers: f(device, **{**numbers, "betas": numbers["betas"][::-1]})
 
 
 def _others(schedule_free: Any) -> None:
