@@ -318,7 +318,9 @@ def _kind(argument: Any) -> Any:
 def _compiled(function: Any, *kinds: Any) -> Any:
     """The function for all sizes, with a code object of its own, of which torch.compile compiles only a handful."""
     name = f"{function.__name__}_{abs(hash(kinds)):x}"
-    return torch.compile(FunctionType(function.__code__.replace(co_name=name), globals()), dynamic=True, fullgraph=True)
+    own = FunctionType(function.__code__.replace(co_name=name), globals())
+    own.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(own, dynamic=True, fullgraph=True)
 
 
 def _tensor(array: Array, case: Case, lane: Lane) -> torch.Tensor:
