@@ -82,20 +82,6 @@ def interleaved(actions: Mapping[str, Action], rounds: int, label: str) -> dict[
     return {name: Times(tuple(list_of[WARM_UP:])) for name, list_of in taken.items()}
 
 
-def peak_bytes(action: Action) -> int:
-    """The most memory that an action holds at once beyond what was there before, by torch's own account."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        action()
-    results = profile.profiler.kineto_results
-    changes = [event for event in results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def bandwidths(mebibytes: int = 256) -> tuple[dict[str, Action], float]:
     """A copy and a scaling in place, far larger than any cache, and the bytes that each moves: one read and one write.
 
