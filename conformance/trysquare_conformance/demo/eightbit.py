@@ -142,13 +142,14 @@ def cells(result: dict[str, Any]) -> Iterator[list[str]]:
             held = row["state_bytes"]
             share = "" if held == whole else f" ({percent(held / whole, 1)})"
             memory = f"{held:,}{share}", f"{held / experiment['parameters']:.2f}", f"{row['peak_bytes'] / 2**20:.2f}"
-            yield [experiment["title"], row["contender"].split(",")[0], f"{row['lr']:g}", *quality(row), *memory]
+            yield [experiment["task"], row["contender"].split(",")[0], f"{row['lr']:g}", *quality(row), *memory]
 
 
 def note(result: dict[str, Any]) -> str:
     """What was trained, and what was counted."""
     trained = "; ".join(
-        f"{one['title']}: {one['parameters']:,} parameters, {one['steps']:,} steps" for one in result["experiments"]
+        f"{one['task']}: {one['title']}, {one['parameters']:,} parameters, {one['steps']:,} steps"
+        for one in result["experiments"]
     )
     return (
         f"{capital(trained)}; {several(result['seeds'])}; no weight decay. State is counted from its tensors; scratch "

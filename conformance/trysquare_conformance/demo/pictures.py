@@ -3,11 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+TITLE = 80
+"""Characters of a title across the whole picture."""
 
 
 @contextmanager
@@ -21,7 +25,7 @@ def drawing(path: Path, *titles: str) -> Iterator[list[Axes]]:
         figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained", facecolor="white")
         panels = [figure.add_subplot(1, len(titles), place) for place in range(1, len(titles) + 1)]
         for axes, title in zip(panels, titles, strict=True):
-            axes.set_title(title, loc="left", fontsize=11)
+            axes.set_title(fill(title, TITLE // len(titles)), loc="left", fontsize=11)
             axes.grid(color="0.92", which="both")
             axes.spines[["top", "right"]].set_visible(False)
         yield panels
