@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,6 +28,9 @@ SOURCES = ("reference", "fast", "conformance")
 # both go into a folder of their own, without what they depend on.
 ORACLES = {"dolphinflow": "dolphinflow==0.2.0", "bitsandbytes": "bitsandbytes==0.50.2"}
 REPORTS = Path("reports")
+OLD_NUMPY = "numpy<2.4"  # Triton 3.2's interpreter takes an array of one element for a number; newer NumPys do not
+SANITIZED = ("*/40x24+24/*/steps=2", "*/300x9/*", "*/2x16500/*", "*/nonfinite=skip/*/nan/*")
+KERNELS = ("triton",) if sys.platform == "linux" else ()  # Triton has wheels for nothing else
 WORKERS = ("--numprocesses", "auto", "--maxprocesses", "4")
 SCRIPTS = "Scripts" if os.name == "nt" else "bin"
 
@@ -131,10 +135,11 @@ def types(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """The standard tier of the conformance suite and its planted faults, written to reports/, then the pytest suite."""
-    house = House(session, "verify", groups=("test",))
+    """The standard tier of the conformance suite, its planted faults, all kernels compiled, then the pytest suite."""
+    house = House(session, "verify", *KERNELS, groups=("test",))
     if not session.posargs:
-        verify = ["verify", "--tier", "standard", "--faults", *files("conformance")]
+        kernels = ["--kernels"] if KERNELS else []
+        verify = ["verify", "--tier", "standard", "--faults", *kernels, *files("conformance")]
         house.run("trysquare", *verify, TRYSQUARE_ORACLES=oracles(session))
     house.run("pytest", *WORKERS, *session.posargs, TRYSQUARE_ORACLES=oracles(session), OMP_NUM_THREADS="1")
 
@@ -146,6 +151,21 @@ def torch(session: nox.Session, version: str) -> None:
     install_pinned(session, version, "-e", ".[verify]", *nox.project.dependency_groups(PROJECT, "test"))
     environment = {"TRYSQUARE_ORACLES": oracles(session), "OMP_NUM_THREADS": "1"}
     session.run("python", "-m", "pytest", *WORKERS, *session.posargs, env=environment)
+
+
+@nox.session(reuse_venv=True)
+@nox.parametrize("version", [SUPPORTED["oldest"], SUPPORTED["default"]])
+def triton(session: nox.Session, version: str) -> None:
+    """The kernels interpreted and compiled ahead of time, on the oldest and the newest Triton that a torch pins."""
+    pinned = PROJECT["tool"]["trysquare"]["triton"]
+    requirements = [f"triton=={pinned[version]}", "-e", ".[verify]"]
+    if version == SUPPORTED["oldest"]:
+        requirements.append(OLD_NUMPY)
+    install_pinned(session, version, *requirements)
+    trysquare = ["python", "-m", "trysquare_conformance"]
+    lanes = ["--lane", "triton-interpreter"]
+    session.run(*trysquare, "verify", *lanes, *(session.posargs or files(f"triton-{pinned[version]}")))
+    session.run(*trysquare, "kernels", "--json", str(REPORTS / f"kernels-{pinned[version]}.json"))
 
 
 @nox.session(reuse_venv=True)
@@ -194,8 +214,39 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
-    """The CUDA lanes, on the torch of the environment that runs nox: a CUDA build is that machine's own business."""
-    roots = os.pathsep.join(str(ROOT / source) for source in SOURCES)
-    lanes = ["--lane", "eager-cuda", "--lane", "compiled-cuda"]
-    arguments = session.posargs or [*lanes, "--tier", "standard", *files("gpu")]
-    session.run(sys.executable, "-m", "trysquare_conformance", "verify", *arguments, env={"PYTHONPATH": roots})
+    """Right first, then fast: the CUDA lanes, captured steps and the benchmarks; arguments go to the benchmarks.
+
+    On the torch of the environment that runs nox: a CUDA build is that machine's own business.
+    """
+    lanes = [word for lane in ("triton-cuda", "eager-cuda", "compiled-cuda") for word in ("--lane", lane)]
+    verify = ["verify", *lanes, "--tier", "standard", *files("gpu")]
+    session.run(sys.executable, "-m", "trysquare_conformance", *verify, env=from_sources())
+    session.run(sys.executable, "-m", "pytest", "conformance/tests/fast/test_capture_cuda.py", env=from_sources())
+    session.run(sys.executable, "-m", "benchmarks", "gpu", *session.posargs, env=from_sources())
+
+
+@nox.session(venv_backend="none")
+@nox.parametrize("tool", ["memcheck", "racecheck"])
+def sanitizer(session: nox.Session, tool: str) -> None:
+    """A few cases of every kernel under NVIDIA's compute-sanitizer, which sees what a result does not show."""
+    program = sanitizer_program()
+    if program is None:
+        session.error("compute-sanitizer is neither on the PATH nor in $CUDA_HOME/bin: it comes with the CUDA toolkit")
+    command = [program, "--tool", tool, "--target-processes", "all", "--error-exitcode", "9", sys.executable]
+    worker = ["-m", "trysquare_conformance.worker", "--lane", "triton-cuda", "--tier", "quick"]
+    cases = session.posargs or [f"--case={glob}" for glob in SANITIZED]
+    budgets = ["--budgets", session.create_tmp(), "--strict"]
+    # torch keeps freed memory for itself, which hides what reads beyond a tensor
+    session.run(*command, *worker, *budgets, *cases, env=from_sources() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def sanitizer_program() -> str | None:
+    """NVIDIA's tool, on the PATH or in the toolkit that CUDA_HOME names."""
+    home = os.environ.get("CUDA_HOME")
+    places = [os.environ.get("PATH", ""), *([os.path.join(home, "bin")] if home else [])]  # noqa: PTH118
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+
+
+def from_sources() -> dict[str, str]:
+    """The environment in which this checkout is imported."""
+    return {"PYTHONPATH": os.pathsep.join(str(ROOT / source) for source in SOURCES)}

@@ -1,11 +1,13 @@
-"""`python -m benchmarks [NAME]`: cpu (without a name), eightbit, thorn; demo, text, digits, training8bit; tables."""
+"""`python -m benchmarks [NAME]`: cpu (the default), gpu, eightbit, thorn; demo, text, digits, training8bit; tables."""
 
 import sys
 
 from benchmarks import cpu, demo, eightbit, tables, thorn
+from benchmarks.gpu import command as gpu
 
 COMMANDS = {
     "cpu": cpu.main,
+    "gpu": gpu.main,
     "eightbit": eightbit.main,
     "thorn": thorn.main,
     "demo": demo.main,

@@ -81,19 +81,19 @@ def relative_error(observed: Parameters, exact: list[Array], start: Sequence[tor
     return float(np.sqrt(gaps / ways))
 
 
-def _ours(name: str, bytes_per_parameter: int | None, backend: str, **settings: Any) -> Contender:
+def ours(name: str, bytes_per_parameter: int | None, backend: str, **settings: Any) -> Contender:
     hp = reference.Hyperparameters(lr=1e-4, **settings)
     return Contender(name, lambda p: DolphinFlow(p, backend=backend, **asdict(hp)), bytes_per_parameter, hp)
 
 
-def _adamw(name: str, *, foreach: bool = False, fused: bool = False) -> Contender:
+def adamw(name: str, *, foreach: bool = False, fused: bool = False) -> Contender:
     def build(parameters: Parameters) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-2, foreach=foreach, fused=fused)
 
     return Contender(name, build, 28)
 
 
-def _published() -> list[Contender]:
+def published() -> list[Contender]:
     """The package, if there is a folder with it."""
     if originals.missing():
         return []
@@ -109,12 +109,12 @@ PUBLISHED = f"dolphinflow {originals.VERSION}"
 def contenders() -> list[Contender]:
     """Everyone who can run here. DolphinFlow reads each gradient once more than AdamW, for the clipping norm."""
     return [
-        _adamw(FOREACH, foreach=True),
-        _adamw(FUSED, fused=True),
-        _ours(VECTOR, 32, "eager"),
-        _ours(VECTOR_COMPILED, 32, "compiled"),
-        _ours("DolphinFlow, ortho_mode=None", 32, "eager", ortho_mode=None),
-        _ours("DolphinFlow, ortho_mode=None, compiled", 32, "compiled", ortho_mode=None),
-        _ours('DolphinFlow, ortho_mode="matrix"', None, "eager", ortho_mode="matrix"),
-        *_published(),
+        adamw(FOREACH, foreach=True),
+        adamw(FUSED, fused=True),
+        ours(VECTOR, 32, "eager"),
+        ours(VECTOR_COMPILED, 32, "compiled"),
+        ours("DolphinFlow, ortho_mode=None", 32, "eager", ortho_mode=None),
+        ours("DolphinFlow, ortho_mode=None, compiled", 32, "compiled", ortho_mode=None),
+        ours('DolphinFlow, ortho_mode="matrix"', None, "eager", ortho_mode="matrix"),
+        *published(),
     ]

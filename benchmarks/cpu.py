@@ -114,17 +114,20 @@ def loss_actions() -> dict[str, timing.Action]:
     logits = [torch.randn(LOGITS, generator=generator).requires_grad_() for _ in range(ROTATED)]
     targets = torch.randint(LOGITS[1], LOGITS[:1], generator=generator)
 
-    def action(loss: Any) -> timing.Action:
-        turn = iter(range(10**9))
+    return {
+        SOFTMAX: there_and_back(F.cross_entropy, logits, targets),
+        STABLEMAX: there_and_back(stablemax_cross_entropy, logits, targets),
+    }
 
-        def once() -> None:
-            x = logits[next(turn) % ROTATED]
-            loss(x, targets).backward()
-            x.grad = None
 
-        return once
+def there_and_back(loss: Any, logits: Sequence[torch.Tensor], targets: torch.Tensor) -> timing.Action:
+    """A loss and the gradient of its logits, which come in turn."""
 
-    return {SOFTMAX: action(F.cross_entropy), STABLEMAX: action(stablemax_cross_entropy)}
+    def once(x: torch.Tensor) -> None:
+        loss(x, targets).backward()
+        x.grad = None
+
+    return timing.rotated(once, logits)
 
 
 def run(rounds: int, imports: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Parameters of GPT-2 shape: an embedding, positions, two blocks and a final norm; 21 million entries in 15 tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -17,16 +17,22 @@ PARAMETERS = sum(torch.Size(shape).numel() for shape in SHAPES)
 SMALL_SHAPES = tuple(shrunk(shape) for shape in SHAPES)
 
 
-def weights(shapes: Sequence[Sequence[int]], seed: int = 0) -> list[torch.nn.Parameter]:
+Device = str | torch.device
+
+
+def weights(shapes: Sequence[Sequence[int]], seed: int = 0, device: Device = "cpu") -> list[torch.nn.Parameter]:
     """Gaussian, as GPT-2 initialises them (σ = 0.02); norms and biases too, for their timing does not depend on it."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(0.02 * torch.randn(shape, generator=generator)) for shape in map(tuple, shapes)]
+    return [torch.nn.Parameter(0.02 * noise) for noise in _gaussian(shapes, seed, device)]
 
 
-def gradients(shapes: Sequence[Sequence[int]], seed: int) -> list[torch.Tensor]:
+def gradients(shapes: Sequence[Sequence[int]], seed: int, device: Device = "cpu") -> list[torch.Tensor]:
     """Gaussian of a size that the clipping has something to do."""
-    generator = torch.Generator().manual_seed(1000 + seed)
-    return [1e-2 * torch.randn(shape, generator=generator) for shape in map(tuple, shapes)]
+    return [1e-2 * noise for noise in _gaussian(shapes, 1000 + seed, device)]
+
+
+def _gaussian(shapes: Sequence[Sequence[int]], seed: int, device: Device) -> Iterator[torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    return (torch.randn(tuple(shape), generator=generator, device=device) for shape in shapes)
 
 
 def give(parameters: Sequence[torch.nn.Parameter], grads: Sequence[torch.Tensor]) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import eightbit, results
+from benchmarks.gpu import cells as gpu_cells
+from benchmarks.gpu import targets
 from trysquare_conformance.demo import comparison as trained
 from trysquare_conformance.demo import eightbit as trained8bit
 from trysquare_conformance.demo import percent
@@ -130,6 +132,43 @@ def eight(result: dict[str, Any]) -> str:
     return f"{steps}\n{bars}\n{note}"
 
 
+def gpu(result: dict[str, Any]) -> str:
+    """What was to be reached."""
+    note = f"Ratios within {result['rounds']} interleaved rounds. " if result["works"] else ""
+    return f"{gpu_bars(result['bars'])}\n{note}{gpu_line(result)}.\n"
+
+
+def gpu_bars(bars: Iterable[dict[str, Any]]) -> str:
+    return markdown(("on a GPU", "measured", "wanted", ""), [gpu_bar(bar) for bar in bars], 3)
+
+
+def gpu_bar(bar: dict[str, Any]) -> list[str]:
+    measured = "–" if bar["measured"] is None else f"{bar['measured']:.2f}"
+    return [bar["title"], measured, bar["bar"], targets.in_words(bar)]
+
+
+def gpu_line(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    versions = [f"{name} {version}" for name, version in result["peers"].items() if version]
+    named = ", ".join([machine["gpu"], f"driver {machine['driver']}", f"torch {machine['torch']}",
+                       f"Triton {machine['triton']}", *versions])  # fmt: skip
+    return f"{named}: `{result['command']}`"
+
+
+def gpu_rows(result: dict[str, Any]) -> str:
+    """Every work's rows, and what the GPU can do at best."""
+    works = [gpu_work(work) for work in result["works"]]
+    ceilings = ", ".join(f"{name.replace('_', ' ')} {rate:.4g}" for name, rate in result["ceilings"].items())
+    note = f"In the same run, at best: {ceilings}. Medians of {result['rounds']} interleaved rounds."
+    return "\n".join([*works, f"{note} {gpu_line(result)}.\n"])
+
+
+def gpu_work(work: dict[str, Any]) -> str:
+    rows = [gpu_cells.cells(row) for row in work["rows"]]
+    error = f" Error: {work['error']}." if work["error"] else ""
+    return f"{work['title']}.{error}\n\n{markdown(gpu_cells.HEAD, rows, len(gpu_cells.HEAD) - 2)}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "cpu": cpu,
@@ -138,12 +177,20 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "text": comparison,
     "digits": comparison,
     "training8bit": training8bit,
+    "gpu": gpu,
+    "gpu_rows": gpu_rows,
 }
+SOURCES = {"gpu_rows": "gpu"}
+"""Tables that are made of the result of another name."""
 
 
 def body(name: str) -> str:
-    """One table for each machine that has a result."""
-    return "\n".join(TABLES[name](result) for result in results.load(name)) or NOT_MEASURED
+    """One table for each machine that has a result; where there is none, it says so."""
+    found = results.load(SOURCES.get(name, name))
+    if any(result.get("dry_run") for result in found):
+        sys.exit(f"{results.FOLDER} holds the result of a dry run, whose figures mean nothing: remove it")
+    unmeasured = gpu_bars(targets.verdicts([])) if name == "gpu" else NOT_MEASURED
+    return "\n".join(TABLES[name](result) for result in found) or unmeasured
 
 
 def filled(text: str) -> str:

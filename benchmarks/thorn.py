@@ -18,7 +18,7 @@ from rich.console import Console
 from benchmarks import gpt2, results, timing
 from benchmarks.cpu import Bar, bar_row, spread
 from trysquare import THORN
-from trysquare.ops import polar, polar_express
+from trysquare.ops import _scratch, polar, polar_express
 from trysquare_conformance.machine import describe_machine
 from trysquare_conformance.report.console import simple_table
 
@@ -49,13 +49,25 @@ def given(shapes: Sequence[tuple[int, ...]]) -> list[torch.nn.Parameter]:
 
 
 def thorn(shapes: Sequence[tuple[int, ...]], orthogonalize: bool, backend: str = "eager") -> torch.optim.Optimizer:
-    groups = [{"params": given(shapes), "orthogonalize": orthogonalize}]
+    return over(given(shapes), orthogonalize, backend)
+
+
+def over(parameters: list[torch.nn.Parameter], orthogonalize: bool, backend: str) -> torch.optim.Optimizer:
+    """THORN on parameters that keep their gradients."""
+    groups = [{"params": parameters, "orthogonalize": orthogonalize}]
     return THORN(groups, lr=1e-3, betas=(0.95, 0.95), none_grad=False, backend=backend)
 
 
 def factor(u: torch.Tensor) -> torch.Tensor:
     """THORN's, of a batch (B, R, C)."""
     return polar.polar_factor(u, polar_express.DEFAULT_COEFFICIENTS, SAFETY, EPS)
+
+
+def factors(stacked: Sequence[torch.Tensor]) -> None:
+    """Of one batch after the other, in the same memory as in a step."""
+    with _scratch.kept():
+        for u in stacked:
+            factor(u)
 
 
 def muons(u: torch.Tensor) -> torch.Tensor:
@@ -97,7 +109,7 @@ def matrix_actions() -> dict[str, timing.Action]:
     return {
         MUON: stepping(muon),
         ORTHOGONALISED: stepping(thorn(MATRICES, True)),
-        FACTORS: lambda: [factor(u) for u in stacked],
+        FACTORS: lambda: factors(stacked),
     }
 
 

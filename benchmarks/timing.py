@@ -1,21 +1,27 @@
 """How things are timed: interleaved rounds (A B C A B C …), so that a machine that slows down slows all of them."""
 
 import gc
+import itertools
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.progress import track
 
+from trysquare_conformance.memory import peak_bytes
+
 Action = Callable[[], object]
 WARM_UP = 2
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 @dataclass(frozen=True)
@@ -53,17 +59,15 @@ def no_garbage_collection() -> Iterator[None]:
 @contextmanager
 def no_earlier_compilations() -> Iterator[None]:
     """A cold start that finds on the disk what an earlier process compiled is none."""
-    variable = "TORCHINDUCTOR_CACHE_DIR"
-    before = os.environ.get(variable)
+    before = {name: os.environ.get(name) for name in CACHES}
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[variable] = folder
+        os.environ.update({name: str(Path(folder) / name.lower()) for name in CACHES})
         try:
             yield
         finally:
-            if before is None:
-                del os.environ[variable]
-            else:
-                os.environ[variable] = before
+            for name, value in before.items():
+                del os.environ[name]
+                os.environ.update({} if value is None else {name: value})
 
 
 def seconds(action: Action) -> float:
@@ -72,28 +76,110 @@ def seconds(action: Action) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(actions: Mapping[str, Action], rounds: int, label: str) -> dict[str, Times]:
+def interleaved(
+    actions: Mapping[str, Action], rounds: int, label: str, measure: Callable[[Action], float] = seconds
+) -> dict[str, Times]:
     """Every action once a round; the first rounds warm up and are not counted."""
     taken: dict[str, list[float]] = {name: [] for name in actions}
     with no_garbage_collection():
         for _ in track(range(WARM_UP + rounds), description=label):
             for name, action in actions.items():
-                taken[name].append(seconds(action))
+                taken[name].append(measure(action))
     return {name: Times(tuple(list_of[WARM_UP:])) for name, list_of in taken.items()}
 
 
-def bandwidths(mebibytes: int = 256) -> tuple[dict[str, Action], float]:
+@dataclass(frozen=True)
+class Clock:
+    """Times actions on a device. On a CPU an action is over when its call is, so that only `whole` says something new.
+
+    Attributes:
+        device: Where actions work, on its current stream.
+    """
+
+    device: torch.device
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def whole(self, action: Action) -> float:
+        """Seconds from the start to the end as the device sees them, gaps between its kernels included."""
+        if self.device.type != "cuda":
+            return seconds(action)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.synchronize()
+        start.record()
+        action()
+        end.record()
+        self.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def host(self, action: Action) -> float:
+        """Seconds until the call returns; an idle device takes what it is given meanwhile."""
+        self.synchronize()
+        taken = seconds(action)
+        self.synchronize()
+        return taken
+
+    def cold(self, action: Action) -> float:
+        """Seconds of the host until everything is done, which a first call is measured by: it compiles, too."""
+        self.synchronize()
+        return seconds(lambda: self._through(action))
+
+    def _through(self, action: Action) -> None:
+        action()
+        self.synchronize()
+
+    def busy(self, action: Action) -> float | None:
+        """Seconds of the device's kernels alone, by the profiler; None on a CPU and where the profiler sees none."""
+        if self.device.type != "cuda":
+            return None
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            action()
+            self.synchronize()
+        on_device = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+        kernels = [event for event in on_device if not getattr(event, "is_user_annotation", False)]
+        return sum(event.self_device_time_total for event in kernels) / 1e6 if kernels else None
+
+    def peak_bytes(self, action: Action) -> int:
+        """The most memory that an action holds at once beyond what was there before."""
+        if self.device.type != "cuda":
+            return peak_bytes(action)
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        action()
+        self.synchronize()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+
+Input = TypeVar("Input")
+
+
+def rotated(function: Callable[[Input], object], inputs: Sequence[Input]) -> Action:
+    """The function of one input after the other, so that none is found in a cache."""
+    turn = itertools.cycle(inputs)
+    return lambda: function(next(turn))
+
+
+CPU = torch.device("cpu")
+
+
+def bandwidths(mebibytes: int = 256, device: torch.device = CPU) -> tuple[dict[str, Action], float]:
     """A copy and a scaling in place, far larger than any cache, and the bytes that each moves: one read and one write.
 
     A CPU reads what a copy is about to overwrite, unasked; an update in place is spared that, and can be faster.
     """
-    source, target = torch.randn(mebibytes << 18), torch.zeros(mebibytes << 18)
+    source, target = (make(mebibytes << 18, device=device) for make in (torch.randn, torch.zeros))
     return {"copy": lambda: target.copy_(source), "in_place": lambda: source.mul_(-1.0)}, 2.0 * source.nbytes
 
 
-def matmul_rate(size: int = 2048) -> tuple[Action, float]:
-    """A square float32 product, and its floating-point operations."""
-    left, right, out = (torch.randn(size, size) for _ in range(3))
+def matmul_rate(
+    size: int = 2048, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> tuple[Action, float]:
+    """A square product, and its floating-point operations."""
+    left, right, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
     return lambda: torch.mm(left, right, out=out), 2.0 * size**3
 
 

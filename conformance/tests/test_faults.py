@@ -1,16 +1,21 @@
 """Planted faults: they are caught, nothing of them stays, and a suite that misses one does not pass."""
 
 import inspect
+import shutil
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from io import StringIO
+from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from trysquare.ops import decay, moments
 from trysquare_conformance import faults
 from trysquare_conformance.lanes import LANES
 from trysquare_conformance.planting import Fault, Planter
+from trysquare_conformance.rewriting import rewritten
 
 FAULTS = faults.all_faults()
 
@@ -91,3 +96,26 @@ def test_a_lane_that_cannot_run_plants_nothing(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(LANES, lane.name, type(lane)(lane.name, lane.device, lane.backend, lambda: "no compiler"))
     with pytest.raises(RuntimeError, match="compiled-cpu cannot run here: no compiler"):
         faults.run(["compiled-cpu"])
+
+
+def test_a_kernels_fault_is_caught_in_a_process_of_its_lane() -> None:
+    if LANES["triton-interpreter"].available():
+        pytest.skip("Triton is not installed: it has wheels for Linux only")
+    (outcome,) = faults.run(["triton-interpreter"], ["dolphinflow/kernel-no-decay"])
+    assert outcome.caught is not None
+    assert (outcome.caught["lane"], outcome.caught["status"]) == ("triton-interpreter", "wrong")
+
+
+def test_a_process_that_plants_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(faults.sys, "executable", shutil.which("false"))
+    lane = replace(LANES["eager-cpu"], environment=(("TRYSQUARE_NOWHERE", "1"),))
+    with pytest.raises(RuntimeError, match="ended with exit code 1, and dolphinflow/decay-missing was not"):
+        list(faults._run_lane(lane, tmp_path, ["dolphinflow/decay*"], lambda *_: None))
+
+
+def test_a_rewritten_module_has_the_mistake_and_refuses_a_text_that_is_gone() -> None:
+    made = rewritten(("theta.mul_(1 - lr * weight_decay)", "theta.zero_()"))(decay)
+    assert float(made.decoupled_decay_(torch.ones(()), 0.1, 0.1)) == 0
+    assert float(decay.decoupled_decay_(torch.ones(()), 0.0, 0.1)) == 1
+    with pytest.raises(ValueError, match=r"trysquare.ops.decay has no 'no such line'"):
+        rewritten(("no such line", ""))(decay)

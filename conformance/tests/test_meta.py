@@ -24,13 +24,17 @@ EXECUTION = ["nonfinite", "workspace_bytes", "backend"]
 INGREDIENTS = {"blockwise8bit"}
 """What has cases of its own without being an algorithm."""
 
+WRAPPERS = {"_capture"}
+"""What serves every algorithm, and is public without being one."""
+
 TOLERANCES = {"atol", "rtol", "abs", "rel", "rel_tol", "abs_tol", "decimal", "significant"}
 
 
 def public(package: ModuleType) -> set[str]:
     """The modules of a package that are pages, not machinery."""
     return {module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")} - {
-        "ops"
+        "ops",
+        "kernels",
     }
 
 
@@ -47,7 +51,7 @@ def test_every_reference_page_has_its_tensor_functions_under_the_same_name() -> 
 
 def test_every_public_name_belongs_to_an_algorithm() -> None:
     owners = {getattr(trysquare, name).__module__.removeprefix("trysquare.") for name in trysquare.__all__}
-    assert owners == set(registry.ALGORITHMS) - INGREDIENTS
+    assert owners - WRAPPERS == set(registry.ALGORITHMS) - INGREDIENTS
 
 
 def test_hyperparameters_agree_in_name_order_and_default() -> None:
@@ -129,7 +133,7 @@ def test_thorns_states_have_the_same_names(kind: str, dtype: torch.dtype) -> Non
 
 
 def test_every_backend_has_a_lane_and_every_lane_a_baseline() -> None:
-    assert {"eager", "compiled", "bitsandbytes"} == {lane.backend for lane in LANES.values()}
+    assert {"eager", "compiled", "triton", "bitsandbytes"} == {lane.backend for lane in LANES.values()}
     assert [lane.name for lane in LANES.values()] == list(LANES)
     assert {lane.baseline.name for lane in LANES.values() if lane.baseline} == {"eager-cpu", "eager-cuda"}
 

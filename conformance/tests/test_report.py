@@ -129,7 +129,10 @@ def name(path: tuple[Any, ...]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
 
 
-@pytest.mark.parametrize("path", [path for path in KEYS if path not in {("schema",), ("faults",)}], ids=name)
+OPTIONAL = {("schema",), ("faults",), ("kernels",)}
+
+
+@pytest.mark.parametrize("path", [path for path in KEYS if path not in OPTIONAL], ids=name)
 def test_a_missing_or_senseless_value_is_named_by_its_place(path: tuple[Any, ...]) -> None:
     lacking = result()
     del owner(lacking, path)[path[-1]]
@@ -169,11 +172,13 @@ def test_only_the_first_problems_are_listed() -> None:
         schema.validate(result([row("a", "eager-cpu") | {"lane": 3} for _ in range(40)]))
 
 
-def test_faults_may_be_absent_and_unknown_keys_are_kept() -> None:
+def test_faults_and_kernels_may_be_absent_and_unknown_keys_are_kept() -> None:
     found = result() | {"later": 1}
-    del found["faults"]
+    del found["faults"], found["kernels"]
     assert schema.validate(found)["later"] == 1  # type: ignore[typeddict-item]
-    assert "planted" not in html.render(checked(found)).split("</style>")[1].split("<footer>")[0]
+    page = html.render(checked(found)).split("</style>")[1].split("<footer>")[0]
+    assert "planted" not in page
+    assert "Compiled ahead of time" not in page
 
 
 def test_a_cell_takes_the_gravest_status_and_the_worst_margin_with_it() -> None:

@@ -116,6 +116,9 @@ def test_the_page_says_the_verdict_the_machine_what_was_not_run_and_the_faults(w
         "41 of 44 planted faults caught",
         "stale-scale",
         "0.6 budgets in bf16",
+        "2 spill or do not compile",
+        "96 · 4K",
+        "spills (96 registers, 64 local, 0 stack, 0 spills)",
         ERRORS["expected failure"][:30],
     ):
         assert said in words
@@ -284,6 +287,8 @@ def test_markdown_shows_matrix_machine_reasons_and_faults(wrong: dict[str, Any])
     assert "| Algorithm | Dtype | eager-cpu | compiled-cpu | eager-cuda | compiled-cuda |" in source
     assert "| eager-cuda | torch sees no CUDA or ROCm device |" in source
     for said in ("2.13.0+cpu", "41 of 44 planted faults caught", "`stale-scale`", "What the budgets resolve to"):
+        assert said in source
+    for said in ("2 spill or do not compile", "96 · 4K", "no such instruction"):
         assert said in source
 
 

@@ -68,12 +68,12 @@ def test_junit_counts_what_it_contains(wrong: dict[str, Any]) -> None:
             ("skipped", "skipped"),
         ):
             assert int(suite.get(attribute, "")) == len(list(suite.iter(tag)))
-    assert len(list(root.iter("testcase"))) == len(wrong["results"]) + 2
+    assert len(list(root.iter("testcase"))) == len(wrong["results"]) + 2 + len(wrong["kernels"])
 
 
 def test_junit_maps_each_status_and_gives_the_reason(wrong: dict[str, Any]) -> None:
     suites = {suite.get("name"): suite for suite in ET.fromstring(junit.render(checked(wrong)))}  # noqa: S314
-    assert list(suites) == [lane["name"] for lane in wrong["lanes"]]
+    assert list(suites) == [*(lane["name"] for lane in wrong["lanes"]), "kernels"]
     outcome = {"wrong": "failure", "error": "error", "could not tell": "error", "expected failure": "skipped"}
     for entry in wrong["results"]:
         case = next(case for case in suites[entry["lane"]].iter("testcase") if case.get("name") == entry["case"])
@@ -83,10 +83,12 @@ def test_junit_maps_each_status_and_gives_the_reason(wrong: dict[str, Any]) -> N
             assert f"reproduce: {entry['reproduce']}" in (case[0].text or "")
     (absent,) = suites["eager-cuda"].iter("skipped")
     assert absent.get("message") == "torch sees no CUDA or ROCm device"
+    compiled = [case[0].tag if len(case) else "" for case in suites["kernels"].iter("testcase")]
+    assert compiled == ["", "failure", "", "error"]
 
 
 def test_junit_survives_a_lane_that_was_not_declared_and_a_strange_date() -> None:
-    odd = result([row("a", "other-lane")]) | {"started": "yesterday"}
+    odd = result([row("a", "other-lane")]) | {"started": "yesterday", "kernels": None}
     suites = ET.fromstring(junit.render(checked(odd)))  # noqa: S314
     assert suites[-1].get("name") == "other-lane"
     assert suites[-1].get("timestamp") == "1970-01-01T00:00:00"
@@ -119,6 +121,7 @@ def test_the_terminal_ends_in_the_sentence_and_shows_the_worst_with_their_comman
     assert f"and {len(bad_rows(wrong)) - 10} more failures" in output
     assert "not run here  eager-cuda: torch sees no CUDA or ROCm device" in output
     assert "41 of 44 planted faults caught" in output
+    assert "3 kernels compiled for sm_90, gfx942: 2 spill or do not compile" in output
 
 
 def test_the_terminal_has_colour_only_where_it_is_one(wrong: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ class Case:
 
     `id` is stable and readable: it stands in reports and on the command line. `tier` is the smallest that runs the
     case; `late` names lanes (as globs) for which that is a larger one, because compiling it would take too long.
+    `lanes` are globs of the lanes where it exists: a part of an algorithm may lack a backend.
     """
 
     algorithm: str
@@ -37,6 +38,11 @@ class Case:
     steps: int
     tier: str
     late: tuple[tuple[str, str], ...] = ()
+    lanes: tuple[str, ...] = ("*",)
+
+    def runs_in(self, lane: str | None) -> bool:
+        """Whether the case exists in a lane; None: in any."""
+        return lane is None or any(fnmatchcase(lane, glob) for glob in self.lanes)
 
     def tier_in(self, lane: str | None) -> str:
         """The smallest tier that runs the case in a lane; None: in the lane that runs it first."""

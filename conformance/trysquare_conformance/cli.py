@@ -1,4 +1,4 @@
-"""The command line: trysquare verify | compare | faults | demo | doctor. Only a right verdict exits with code 0."""
+"""The command line: trysquare verify, compare, faults, kernels, demo, doctor. Only a right verdict exits with 0."""
 
 import shlex
 import sys
@@ -41,8 +41,9 @@ def verify(
     markdown: Files = None,
     junit: Files = None,
     faults: Annotated[
-        bool, typer.Option("--faults", help="plant faults too, in eager-cpu, and report the score")
+        bool, typer.Option("--faults", help="plant faults too, in eager-cpu and triton-interpreter")
     ] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="compile all kernels too, as `trysquare kernels`")] = False,
 ) -> None:
     """Check the fast code against the reference on this machine and say in one sentence whether it is right."""
     from trysquare_conformance.machine import ALIAS
@@ -51,8 +52,10 @@ def verify(
 
     console, command = Console(), shlex.join(["trysquare", *sys.argv[1:]])
     chosen = _tier(tier, case)
+    if kernels:
+        _check_targets([])
     with _progress() as progress:
-        result = run(chosen, _lanes(lane), case or (), progress, command, ["eager-cpu"] if faults else [])
+        result = run(chosen, _lanes(lane), case or (), progress, command, _fault_lanes() if faults else [], kernels)
     formats: dict[report.Format, Path | None] = {"json": json, "html": html, "markdown": markdown, "junit": junit}
     for format_, file in formats.items():
         if file is not None:
@@ -89,6 +92,43 @@ def plant_faults(
         outcomes = planted.run(_lanes(lane) or ["eager-cpu"], fault or ["*"], progress)
     planted.show(outcomes, console)
     raise typer.Exit(0 if outcomes and all(outcome.good for outcome in outcomes) else 1)
+
+
+@app.command("kernels")
+def compile_kernels(
+    target: Annotated[list[str] | None, typer.Option(metavar="NAME", help="as sm_90; may be given again")] = None,
+    json: Files = None,
+) -> None:
+    """Compile every Triton kernel ahead of time, for GPUs that need not be here, and tell what each takes of them.
+
+    A kernel whose registers spill into memory, or that does not compile, fails.
+    """
+    from trysquare_conformance import ahead_of_time
+
+    _check_targets(target or [])
+    with _progress() as progress:
+        result = ahead_of_time.report(target or (), progress, shlex.join(["trysquare", *sys.argv[1:]]))
+    if json is not None:
+        report.write_kernels(result, json)
+    report.show_kernels(result["kernels"], Console())
+    fits = [kernel["status"] == "fits" for kernel in result["kernels"]]
+    raise typer.Exit(0 if fits and all(fits) else 1)
+
+
+def _check_targets(names: list[str]) -> None:
+    from trysquare_conformance import ahead_of_time
+
+    try:
+        ahead_of_time.check(names)
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error), param_hint="--target" if names else "--kernels") from error
+
+
+def _fault_lanes() -> list[str]:
+    """Where `verify` plants faults: eagerly, and in the kernels where they can be interpreted."""
+    from trysquare_conformance.lanes import LANES
+
+    return [name for name in ("eager-cpu", "triton-interpreter") if LANES[name].available() is None]
 
 
 @demos.callback(invoke_without_command=True)
@@ -226,4 +266,4 @@ class Bars:
     def __call__(self, name: str, done: int, total: int) -> None:
         if name not in self.tasks:
             self.tasks[name] = self.bars.add_task(name, total=total)
-        self.bars.update(self.tasks[name], completed=done)
+        self.bars.update(self.tasks[name], completed=done, total=total)

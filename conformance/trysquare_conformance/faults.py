@@ -5,14 +5,16 @@ rounding hides is declared indistinguishable, with the reason, and must then not
 """
 
 import importlib
+import os
 import pkgutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from rich.console import Console
@@ -25,6 +27,7 @@ from trysquare_conformance.case import Case
 from trysquare_conformance.compare import BudgetStore, run_case
 from trysquare_conformance.lanes import LANES, Lane
 from trysquare_conformance.planting import Fault
+from trysquare_conformance.process import LaneProcess
 from trysquare_conformance.report.schema import Faults, Row
 from trysquare_conformance.witness import Witness
 
@@ -68,22 +71,74 @@ def run(
         budgets: A folder with budgets that this run has measured already.
 
     Raises:
-        RuntimeError: A lane cannot run here.
+        RuntimeError: A lane cannot run here, or its process ended early.
     """
     with tempfile.TemporaryDirectory(prefix="trysquare-") as folder:
-        store = BudgetStore(budgets or Path(folder))
-        return [outcome for name in lanes for outcome in _run_lane(LANES[name], store, globs, progress)]
+        place = budgets or Path(folder)
+        return [outcome for name in lanes for outcome in _run_lane(LANES[name], place, globs, progress)]
 
 
-def _run_lane(lane: Lane, budgets: BudgetStore, globs: Sequence[str], progress: Progress) -> Iterator[Outcome]:
+def _run_lane(lane: Lane, budgets: Path, globs: Sequence[str], progress: Progress) -> Iterator[Outcome]:
     reason = lane.available()
     if reason is not None:
         raise RuntimeError(f"{lane.name} cannot run here: {reason}")
-    hunt = Hunt(lane, budgets)
-    here = [fault for fault in all_faults() if _matches(fault.id, globs) and _matches(lane.name, fault.lanes)]
-    for done, fault in enumerate(here, 1):
+    here = planted_in(lane, globs)
+    name = f"faults, {lane.name}"
+    if not _is_at_home(lane):
+        yield from _plant_apart(lane, here, budgets, globs, lambda _, done, __: progress(name, done, len(here)))
+        return
+    for done, outcome in enumerate(plant(lane, here, budgets), 1):
+        yield outcome
+        progress(name, done, len(here))
+
+
+def planted_in(lane: Lane, globs: Sequence[str]) -> list[Fault]:
+    """The faults that match and can exist in a lane."""
+    return [
+        fault
+        for fault in all_faults()
+        if lane.runs(fault.algorithm) and _matches(fault.id, globs) and _matches(lane.name, fault.lanes)
+    ]
+
+
+def plant(lane: Lane, chosen: Sequence[Fault], budgets: Path) -> Iterator[Outcome]:
+    """Plant one after the other, in this process."""
+    hunt = Hunt(lane, BudgetStore(budgets))
+    for fault in chosen:
         yield Outcome(fault, lane.name, hunt.catch(fault))
-        progress(f"faults, {lane.name}", done, len(here))
+
+
+def _is_at_home(lane: Lane) -> bool:
+    """Whether this process has the lane's environment, which Triton reads when it is imported."""
+    return all(os.environ.get(name) == value for name, value in lane.environment)
+
+
+def _plant_apart(
+    lane: Lane, chosen: Sequence[Fault], budgets: Path, globs: Sequence[str], progress: Progress
+) -> Iterator[Outcome]:
+    """Plant in a process with the lane's environment."""
+    worker = [sys.executable, "-m", "trysquare_conformance.worker", "--lane", lane.name, "--tier", "quick"]
+    command = [*worker, "--budgets", str(budgets), *(f"--fault={glob}" for glob in globs)]
+    process = FaultProcess(lane.name, lane, (), command, progress)
+    process.run()
+    missing = [fault.id for fault in chosen if fault.id not in process.caught]
+    if missing:
+        raise RuntimeError(f"{lane.name}: {process.ended}, and {missing[0]} was not looked for\n{process.said}")
+    yield from (Outcome(fault, lane.name, process.caught[fault.id]) for fault in chosen)
+
+
+@dataclass
+class FaultProcess(LaneProcess):
+    """A lane's process that plants faults: which row caught each."""
+
+    caught: dict[str, Row | None] = field(default_factory=dict)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if message["event"] == "fault":
+            self.caught[message["fault"]] = message["caught"]
+            self.progress(self.name, len(self.caught), 0)
+        else:
+            super()._take(message)
 
 
 class Hunt:

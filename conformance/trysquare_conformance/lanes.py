@@ -13,7 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
+from trysquare import _backend
 from trysquare_conformance import originals
+
+WITH_KERNELS = ("blockwise8bit", "dolphinflow", "dolphinflow8bit", "stablemax", "thorn")
+"""The algorithms that have Triton kernels."""
 
 COMPILER_CHECK_SECONDS = 60
 
@@ -58,6 +62,15 @@ def _compiled_cuda() -> str | None:
     return None if importlib.util.find_spec("triton") else "torch.compile on a GPU needs Triton, which is not installed"
 
 
+def _triton_interpreter() -> str | None:
+    return None if importlib.util.find_spec("triton") else "Triton is not installed (pip install 'trysquare[triton]')"
+
+
+def _triton_cuda() -> str | None:
+    without_device = _cuda()
+    return without_device or _backend.triton_missing(torch.device("cuda", torch.cuda.current_device()))
+
+
 @dataclass(frozen=True)
 class Lane:
     """One way to run every case. `available()` gives None, or the reason why this machine cannot run it."""
@@ -90,6 +103,15 @@ LANES: dict[str, Lane] = {
         Lane("compiled-cpu", "cpu", "compiled", _compiled_cpu),
         Lane("eager-cuda", "cuda", "eager", _cuda),
         Lane("compiled-cuda", "cuda", "compiled", _compiled_cuda),
+        Lane(
+            "triton-interpreter",
+            "cpu",
+            "triton",
+            _triton_interpreter,
+            environment=(("TRITON_INTERPRET", "1"),),
+            algorithms=WITH_KERNELS,
+        ),
+        Lane("triton-cuda", "cuda", "triton", _triton_cuda, algorithms=WITH_KERNELS),
         Lane("eager-mps", "mps", "eager", _accelerator("mps")),
         Lane("eager-xpu", "xpu", "eager", _accelerator("xpu")),
         Lane(

@@ -22,6 +22,9 @@ from trysquare_conformance.noise import FLOAT32, FLOAT64, Arithmetic, Noisy
 from trysquare_conformance.snapshots import Feed, Snapshot, outputs, rounded, to_array, to_tensor
 from trysquare_reference import clipping
 
+ALL_STEPS = 16
+"""Up to so many steps of a run are each compared by themselves."""
+
 
 class OptimizerSubject(ABC):
     """A `Subject` for optimizers; the class docstring of each page's subclass names its algorithm."""
@@ -102,9 +105,9 @@ class OptimizerSubject(ABC):
         return inputs.lay_out(to_tensor(array, dtype).to(lane.device), layout)
 
     def stages(self, case: Case, lane: Lane) -> Iterator[Stage]:
-        """One stage a step, each from the reference's state as the fast code would store it."""
+        """One stage a step that is looked at, each from the reference's state as the fast code would store it."""
         fast, here = FastRun(self, case, lane), self.in_lane(case, lane)
-        for step, (before, feed) in enumerate(self.trajectory(case)):
+        for step, before, feed in self.looked_at(case):
             yield Stage(
                 f"step {step + 1}",
                 partial(self._step_outputs, here, before, feed),
@@ -129,6 +132,11 @@ class OptimizerSubject(ABC):
             self.arithmetic(here),
             computes=any(moving),
         )
+
+    def looked_at(self, case: Case) -> Iterator[tuple[int, Snapshot, Feed]]:
+        """Step 0, 1, …, snapshot and feed of the steps that are compared one by one."""
+        chosen = stepwise(case.steps)
+        return ((step, *what) for step, what in enumerate(self.trajectory(case)) if step in chosen)
 
     def trajectory(self, case: Case) -> Iterator[tuple[Snapshot, Feed]]:
         """Before each step: the reference's snapshot, rounded as stored, and what is fed in."""
@@ -201,6 +209,24 @@ class OptimizerSubject(ABC):
         parameter = STORED[case.dtype]
         stored |= dict.fromkeys(self.expected_view(case, snapshot), parameter)
         return stored | {f"update/{i}": parameter.beside(old) for i, old in enumerate(snapshot.parameters)}
+
+
+def stepwise(steps: int) -> set[int]:
+    """Which of steps 0, 1, … are compared one by one: all of a short run; of a long one ever fewer, and the last two.
+
+    Each is a budget of its own, sixteen runs of the reference; the free run goes over all steps in any case.
+
+    Examples:
+        >>> sorted(stepwise(50))
+        [0, 1, 2, 3, 4, 7, 12, 20, 33, 48, 49]
+    """
+    if steps <= ALL_STEPS:
+        return set(range(steps))
+    chosen, ahead = set(range(5)), (5, 8)
+    while ahead[1] < steps:
+        chosen.add(ahead[1] - 1)
+        ahead = ahead[1], sum(ahead)
+    return chosen | {steps - 2, steps - 1}
 
 
 class FastRun:

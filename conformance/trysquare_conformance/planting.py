@@ -10,6 +10,10 @@ Change: TypeAlias = Callable[[Any], Any]
 """Makes of the original attribute the faulty one."""
 
 
+WITHOUT_KERNELS = ("eager-*", "compiled-*", "bitsandbytes-*")
+"""The lanes in which a fault of torch's operations can exist."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """A mistake that can be made.
@@ -51,15 +55,19 @@ class Fault:
 
 
 class Planter:
-    """Collects an algorithm's faults. As a decorator it takes a fault's name and description from a function."""
+    """Collects an algorithm's faults. As a decorator it takes a fault's name and description from a function.
 
-    def __init__(self, algorithm: str) -> None:
-        self.algorithm = algorithm
+    `lanes` is for the faults of this page that do not say where they can exist.
+    """
+
+    def __init__(self, algorithm: str, lanes: tuple[str, ...] = ("*",)) -> None:
+        self.algorithm, self.lanes = algorithm, lanes
         self.faults: list[Fault] = []
 
     def add(self, name: str, what: str, owner: Any, attribute: str, change: Change, **options: Any) -> None:
         """One more fault; the arguments are `Fault`'s."""
-        self.faults.append(Fault(self.algorithm, name, what, owner, attribute, change, **options))
+        told = {"lanes": self.lanes, **options}
+        self.faults.append(Fault(self.algorithm, name, what, owner, attribute, change, **told))
 
     def __call__(self, owner: Any, attribute: str, **options: Any) -> Callable[[Change], Change]:
         """For a function that is given the original and returns what takes its place."""

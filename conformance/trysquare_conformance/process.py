@@ -26,7 +26,10 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 @dataclass
 class LaneProcess:
-    """What to run in the process, and what it has said so far. `name` is the lane's, or that of a part of it."""
+    """What to run in the process, and what it has said so far: `ended` how it did, `said` to standard error.
+
+    `name` is the lane's, or that of a part of it.
+    """
 
     name: str
     lane: Lane
@@ -38,17 +41,19 @@ class LaneProcess:
     current: str | None = None
     witness: str | None = None
     seconds: float = 0.0
+    ended: str = ""
+    said: str = ""
 
     def run(self) -> list[Row]:
         """Runs to the end, whatever that is; every case gets a row."""
         started = time.perf_counter()
         self.progress(self.name, 0, len(self.cases))
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-            reason = self._listen(errors)
+            self.ended = self._listen(errors)
             errors.seek(0)
-            said = errors.read()[-LAST_CHARACTERS:].strip()
+            self.said = errors.read()[-LAST_CHARACTERS:].strip()
         self.seconds = time.perf_counter() - started
-        return [self.rows.get(case.id) or self._unfinished(case, reason, said) for case in self.cases]
+        return [self.rows.get(case.id) or self._unfinished(case) for case in self.cases]
 
     def _listen(self, errors: IO[str]) -> str:
         """Reads lines until the process ends; returns how it ended."""
@@ -80,9 +85,10 @@ class LaneProcess:
         else:
             self.witness = message["witness"]
 
-    def _unfinished(self, case: Case, reason: str, said: str) -> Row:
+    def _unfinished(self, case: Case) -> Row:
         where = "in this case" if case.id == self.current else "before this case"
-        return row(case, self.lane.name, status="error", error=f"{reason} {where}" + (f"\n{said}" if said else ""))
+        said = f"\n{self.said}" if self.said else ""
+        return row(case, self.lane.name, status="error", error=f"{self.ended} {where}{said}")
 
 
 class _Watchdog:

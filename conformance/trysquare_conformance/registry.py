@@ -48,7 +48,7 @@ def all_cases() -> Iterator[Case]:
 def select(tier: str, patterns: Iterable[str] = (), lane: str | None = None) -> list[Case]:
     """The cases of a tier (which includes the smaller ones) whose id matches one of the patterns, or all of them.
 
-    With a lane, less those that come in a later tier there, whose algorithm lacks its backend, or its device the dtype.
+    With a lane, less those that come in a later tier there, that lack its backend, or its device the dtype.
     """
     if tier not in TIERS:
         raise ValueError(f"tier={tier!r}: must be one of {', '.join(TIERS)}")
@@ -58,7 +58,8 @@ def select(tier: str, patterns: Iterable[str] = (), lane: str | None = None) -> 
         if lane is not None and not LANES[lane].runs(subject.algorithm):
             continue
         of_tier = itertools.takewhile(lambda case: case.tier in wanted, subject.cases())
-        chosen += [case for case in of_tier if case.tier_in(lane) in wanted and _matches(case.id, globs)]
+        here = (case for case in of_tier if case.runs_in(lane) and case.tier_in(lane) in wanted)
+        chosen += [case for case in here if _matches(case.id, globs)]
     return [case for case in chosen if lane is None or LANES[lane].holds(case.dtype)]
 
 

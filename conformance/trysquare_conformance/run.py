@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
-from trysquare_conformance import faults, registry
+from trysquare_conformance import ahead_of_time, faults, registry
 from trysquare_conformance.case import Case
 from trysquare_conformance.lanes import LANES, Lane
 from trysquare_conformance.machine import describe_machine
@@ -29,6 +29,7 @@ def run(
     progress: Progress = lambda *_: None,
     command: str = "",
     fault_lanes: Sequence[str] = (),
+    compile_kernels: bool = False,
 ) -> Result:
     """Run the cases of a tier and give the result to report.
 
@@ -39,6 +40,7 @@ def run(
         progress: Is told how far each lane is.
         command: For the report, what was typed.
         fault_lanes: Lanes in which faults are planted after the cases; a missed one leaves no right verdict.
+        compile_kernels: Compile all kernels ahead of time after that; a spill leaves no right verdict.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
     wanted = {LANES[name]: registry.select(tier, patterns, name) for name in lanes or LANES}
@@ -49,9 +51,10 @@ def run(
         processes = list(_processes(runs, [*options, "--budgets", budgets], progress))
         rows = _run_all(processes)
         planted = faults.run(fault_lanes, progress=progress, budgets=Path(budgets)) if fault_lanes else []
+    kernels = ahead_of_time.run(progress=progress) if compile_kernels else None
     told = [_lane_row(lane, reasons[lane.name], [p for p in processes if p.lane is lane]) for lane in wanted]
     score = faults.score(planted) if planted else None
-    word, sentence = verdict(told, rows, lanes, score)
+    word, sentence = verdict(told, rows, lanes, score, kernels)
     return {
         "schema": SCHEMA,
         "verdict": word,
@@ -64,6 +67,7 @@ def run(
         "lanes": told,
         "results": rows,
         "faults": score,
+        "kernels": kernels,
     }
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from trysquare_conformance.report.schema import Faults, Lane, Row, Verdict
+from trysquare_conformance.report.schema import Faults, Kernel, Lane, Row, Verdict
 
 EXIT_CODES: dict[Verdict, int] = {"right": 0, "wrong": 1, "could not tell": 3, "not run here": 4}
 """2 is what a command line answers to arguments that it does not understand."""
@@ -12,11 +12,16 @@ GOOD = ("right", "expected failure")
 
 
 def verdict(
-    lanes: Sequence[Lane], rows: Sequence[Row], demanded: Sequence[str] = (), faults: Faults | None = None
+    lanes: Sequence[Lane],
+    rows: Sequence[Row],
+    demanded: Sequence[str] = (),
+    faults: Faults | None = None,
+    kernels: Sequence[Kernel] | None = None,
 ) -> tuple[Verdict, str]:
     """The verdict and its sentence.
 
-    Never right are: a run of no case, a lane in `demanded` that did not run, cases that missed a planted fault.
+    Never right are: a run of no case, a lane in `demanded` that did not run, cases that missed a planted fault,
+    kernels that spill or do not compile, no kernel where some were to be compiled.
     """
     wrong = [row for row in rows if row["status"] == "wrong"]
     if wrong:
@@ -32,6 +37,11 @@ def verdict(
     if faults is not None and faults["missed"]:
         names = ", ".join(entry["name"] for entry in faults["missed"])
         return "could not tell", f"Could not tell: {_cases(rows)} are right, but they would miss a fault ({names})."
+    spilling = [kernel for kernel in kernels or () if kernel["status"] != "fits"]
+    if spilling or kernels == []:
+        names = ", ".join(sorted({f"{kernel['kernel']} for {kernel['target']}" for kernel in spilling}))
+        reason = f"some kernels spill or do not compile ({names})" if spilling else "no kernel was compiled"
+        return "could not tell", f"Could not tell: {_cases(rows)} are right, but {reason}."
     absent = [lane for lane in lanes if lane["status"] != "ran" and lane["name"] in demanded]
     if absent or not rows:
         reasons = "; ".join(f"{lane['name']}: {lane['reason']}" for lane in absent or lanes) or "no case was selected"

@@ -1,6 +1,7 @@
 """A lane in a process of its own: reads what to run from its arguments, writes one JSON object a line as it goes.
 
 `python -m trysquare_conformance.worker --lane eager-cpu --tier quick --budgets DIR [--case GLOB …]`
+With `--fault GLOB` it plants faults.
 """
 
 import argparse
@@ -14,10 +15,11 @@ from typing import Any, TextIO
 
 import torch
 
-from trysquare_conformance import registry
+from trysquare_conformance import faults, registry
 from trysquare_conformance.compare import BudgetStore, run_case
-from trysquare_conformance.lanes import LANES
+from trysquare_conformance.lanes import LANES, Lane
 from trysquare_conformance.report.schema import plain
+from trysquare_conformance.verdict import EXIT_CODES, GOOD
 from trysquare_conformance.witness import Witness
 
 
@@ -28,6 +30,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tier", required=True, choices=registry.TIERS)
     parser.add_argument("--budgets", required=True, type=Path, help="folder that the lanes of one run share")
     parser.add_argument("--case", action="append", default=[], metavar="GLOB")
+    parser.add_argument("--fault", action="append", default=[], metavar="GLOB", help="plant faults instead")
+    parser.add_argument("--strict", action="store_true", help="fail after the first case that is not right")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--part", type=int, default=0, help="which of the parts of the lane's cases")
     parser.add_argument("--parts", type=int, default=1)
@@ -41,13 +45,24 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")  # of torch's own code; the suite judges numbers
     lane = LANES[options.lane]
+    if options.fault:
+        _plant(lane, options, lines)
+        return
     witness, budgets = Witness(lane), BudgetStore(options.budgets)
     cases = registry.select(options.tier, options.case, lane.name)
     for case in registry.part(cases, options.part, options.parts):
         _write(lines, {"event": "case", "case": case.id})
         result = run_case(registry.ALGORITHMS[case.algorithm], case, lane, budgets, witness)
         _write(lines, {"event": "result", "result": result})
+        if options.strict and result["status"] not in GOOD:
+            sys.exit(EXIT_CODES["wrong"])
     _write(lines, {"event": "end", "witness": witness.summary()})
+
+
+def _plant(lane: Lane, options: argparse.Namespace, lines: TextIO) -> None:
+    for outcome in faults.plant(lane, faults.planted_in(lane, options.fault), options.budgets):
+        _write(lines, {"event": "fault", "fault": outcome.fault.id, "caught": outcome.caught})
+    _write(lines, {"event": "end", "witness": ""})
 
 
 def _take_stdout() -> TextIO:

@@ -7,6 +7,7 @@ from trysquare.dolphinflow import DolphinFlow
 from trysquare.stablemax import StableMaxCrossEntropyLoss, log_stablemax, stablemax, stablemax_cross_entropy
 
 if TYPE_CHECKING:
+    from trysquare._capture import CapturedStep
     from trysquare.dolphinflow8bit import DolphinFlow8bit
     from trysquare.thorn import THORN
 
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "THORN",
+    "CapturedStep",
     "DolphinFlow",
     "DolphinFlow8bit",
     "StableMaxCrossEntropyLoss",
@@ -22,7 +24,11 @@ __all__ = [
     "stablemax_cross_entropy",
 ]
 
-WHEN_ASKED_FOR = {"DolphinFlow8bit": "trysquare.dolphinflow8bit", "THORN": "trysquare.thorn"}
+WHEN_ASKED_FOR = {
+    "CapturedStep": "trysquare._capture",
+    "DolphinFlow8bit": "trysquare.dolphinflow8bit",
+    "THORN": "trysquare.thorn",
+}
 """What is imported at its first use: together they take longer than the rest of the package."""
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 import types
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,6 +14,9 @@ import torch
 
 BACKENDS = ("auto", "eager", "compiled", "triton")
 
+OLDEST_CAPABILITY = (7, 0)
+"""Of an NVIDIA GPU that Triton compiles for."""
+
 TOGETHER = 4
 """Sets of arguments that share one call of a compiled update, at most."""
 
@@ -19,18 +24,74 @@ calls: Counter[tuple[str, str]] = Counter()
 """How often each (backend, function) ran outside a trace: the witness that a backend was really used."""
 
 
-def check(backend: str, algorithm: str) -> None:
-    """Raise if ``backend`` cannot be met yet."""
-    if backend == "triton":
+rehearsing = False
+"""Whether kernels are only compiled and nothing may change; `kernels.compiling` sets it."""
+
+only_recorded = False
+"""Whether kernels' launches are only written down, so that no GPU is needed; `kernels.recording` sets it."""
+
+
+WITHOUT_TRITON = "'auto', 'eager' or 'compiled'"
+"""What may be asked for instead, of an optimizer."""
+
+
+def check(backend: str, algorithm: str, instead: str = WITHOUT_TRITON) -> None:
+    """Raise if ``backend`` cannot be met on this machine, whatever device the tensors will be on.
+
+    Raises:
+        ImportError: Triton is not installed.
+        ValueError: Triton finds nothing to run on.
+    """
+    if backend != "triton":
+        return
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError(
+            f"backend='triton': {algorithm} needs the package triton, which is not installed: "
+            f"pip install 'trysquare[triton]', or use {instead}, which do without it"
+        )
+    if not (torch.cuda.is_available() or interpreted() or only_recorded):
         raise ValueError(
-            f"backend='triton': {algorithm} has no Triton kernels in this version of trysquare; "
-            "use 'auto', 'eager' or 'compiled'"
+            f"backend='triton': {algorithm} needs an NVIDIA or AMD GPU for its kernels, and torch sees none: use "
+            f"{instead}, or set TRITON_INTERPRET=1 before the start to interpret kernels on the CPU"
         )
 
 
-def choose(backend: str) -> str:
-    """The implementation that runs: "auto" is eager, and nothing is compiled unasked."""
-    return "eager" if backend == "auto" else backend
+def check_device(device: torch.device, name: str, instead: str = WITHOUT_TRITON) -> None:
+    """Raise a ValueError if Triton kernels cannot run where a tensor is."""
+    missing = triton_missing(device)
+    if missing is not None:
+        raise ValueError(f"{name} is on {device} and backend='triton': {missing}; use {instead}")
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_missing(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on a device, or None."""
+    if only_recorded or (device.type == "cpu" and interpreted()):
+        return None
+    if device.type != "cuda":
+        return "Triton kernels run on NVIDIA and AMD GPUs"
+    return _triton_missing_on(device)
+
+
+@functools.cache
+def _triton_missing_on(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'trysquare[triton]')"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < OLDEST_CAPABILITY:
+        return f"Triton needs a GPU of compute capability {OLDEST_CAPABILITY}, this one has {capability}"
+    return None
+
+
+def choose(backend: str, device: torch.device) -> str:
+    """What runs on a device: "auto" is Triton on a GPU that has it, else eager; torch.compile never unasked."""
+    if backend != "auto":
+        return backend
+    return "triton" if device.type == "cuda" and triton_missing(device) is None else "eager"
 
 
 def run(backend: str, function: Callable[..., Any], *args: Any) -> Any:

@@ -93,6 +93,44 @@ def pieces(operands: Sequence[list[Tensor]], workspace: int, split: Split, snaps
         yield _stack([operand[members] for operand in operands], members)
 
 
+class Members(NamedTuple):
+    """What one launch gets: parallel lists of contiguous tensors, of some members or of a piece of one, and which."""
+
+    operands: list[list[Tensor]]
+    members: list[int]
+    shape: tuple[int, int]
+    copies: list[tuple[Tensor, Tensor]]
+    piece: Piece | None
+
+    def store(self) -> None:
+        """Write back what was copied in."""
+        for target, copy in self.copies:
+            target.copy_(copy)
+        if self.piece is not None:
+            self.piece.store()
+
+
+def contiguous(operands: Sequence[list[Tensor]], workspace: int, split: Split, most: int) -> Iterator[Members]:
+    """A batch as launches take it: ``most`` contiguous members at once; of others copies, cut to the workspace."""
+    dense = [all(operand[i].is_contiguous() for operand in operands) for i in range(len(operands[0]))]
+    chosen = [i for i, is_dense in enumerate(dense) if is_dense]
+    for start in range(0, len(chosen), most):
+        part = chosen[start : start + most]
+        own = [[operand[i] for i in part] for operand in operands]
+        yield Members(own, part, rows_and_columns(own[0][0].shape), [], None)
+    for i, is_dense in enumerate(dense):
+        for piece in () if is_dense else pieces([[operand[i]] for operand in operands], workspace, split):
+            yield _copied(piece, i)
+
+
+def _copied(piece: Piece, member: int) -> Members:
+    views = [operand[0] for operand in piece.operands]
+    copies = [view.contiguous() for view in views]
+    written = [(old, new) for old, new in zip(views[1:], copies[1:], strict=True) if old is not new]
+    rows, columns = views[0].shape
+    return Members([[copy] for copy in copies], [member], (rows, columns), written, piece)
+
+
 def together(pieces: Iterable[Piece], most: int) -> Iterator[list[Piece]]:
     """Pieces that one call may take: views of parameters, up to ``most``; a copy is by itself, to be gone after it."""
     views: list[Piece] = []

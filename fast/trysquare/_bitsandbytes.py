@@ -34,11 +34,11 @@ def require() -> None:
         ) from error
 
 
-def check_device(parameter: Tensor, name: str) -> None:
+def check_device(device: torch.device, name: str) -> None:
     """Its kernels are used where they were measured to be exact: the decoder on a CPU."""
-    if parameter.device.type != "cpu":
+    if device.type != "cpu":
         raise ValueError(
-            f"{name} is on {parameter.device}: backend='bitsandbytes' decodes on a CPU only, other kernels of that "
+            f"{name} is on {device}: backend='bitsandbytes' decodes on a CPU only, other kernels of that "
             "package were not measured or compute another step; use 'auto', 'eager' or 'compiled'"
         )
 
@@ -114,7 +114,7 @@ def _group_of_adamw(group: Mapping[str, Any]) -> dict[str, Any]:
         "lr": float(group["lr"]),
         "betas": (group["momentum"], group["beta2"]),
         "eps": group["eps"],
-        "weight_decay": group["weight_decay"],
+        "weight_decay": float(group["weight_decay"]),
         "alpha": 0.0,
         "t_alpha": None,
         "t_beta3": None,

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trysquare import _backend
+
+BACKENDS = ("auto", "eager", "triton")
+WITHOUT_TRITON = "'auto' or 'eager'"
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDICES = (torch.int64, torch.uint8)
@@ -61,6 +65,36 @@ def check_settings(ignore_index: Any, reduction: Any, label_smoothing: Any) -> N
         raise TypeError(f"label_smoothing={label_smoothing!r}: must be a float")
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(f"label_smoothing={label_smoothing!r}: must be between 0.0 and 1.0")
+
+
+def check_backend(backend: Any) -> None:
+    """Raise unless this is a backend of the loss that this machine has.
+
+    Raises:
+        ValueError: an unknown one, or Triton finds nothing to run on.
+        ImportError: Triton is not installed.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: must be 'auto', 'eager' or 'triton'")
+    _backend.check(backend, "stablemax_cross_entropy", WITHOUT_TRITON)
+
+
+def chosen_backend(backend: str, x: Tensor, target: Tensor) -> str:
+    """What computes this loss: "eager" or "triton". In a trace there is nothing left to choose.
+
+    Raises:
+        ValueError: Triton was asked for and has no kernel for this target, or does not run on this device.
+    """
+    if torch.compiler.is_compiling():
+        return "eager"
+    if backend == "triton":
+        _backend.check_device(x.device, "input", WITHOUT_TRITON)
+        if is_probabilities(x, target):
+            raise ValueError(
+                "backend='triton': target holds class probabilities, and there are kernels for class indices only; "
+                f"use {WITHOUT_TRITON}"
+            )
+    return "eager" if is_probabilities(x, target) else _backend.choose(backend, x.device)
 
 
 def _check_beside(x: Tensor, other: Any, name: str) -> None:

@@ -7,24 +7,20 @@ A subclass says which hyperparameters there are and what they may be (`_constrai
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, cast, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from trysquare import _backend, _batches, _checkpoint, _constraints, _parameters
 from trysquare._batches import Batch
 from trysquare._constraints import Constraint
 from trysquare._explain import Explanation, ParameterPlan
-from trysquare.ops import clipping
+from trysquare._norms import Norms
 
 Group = dict[str, Any]
-
-COMPILED_SUM = 1 << 14
-"""Elements from which a compiled sum of squares is faster than its call (measured on a CPU: 60 µs)."""
-
 
 class Entry(NamedTuple):
     """Shape and dtype of one state tensor."""
@@ -37,7 +33,7 @@ class Entry(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-class BatchedOptimizer(Optimizer):
+class BatchedOptimizer(Norms):
     """Base of the optimizers. See the module."""
 
     _constraints: ClassVar[Mapping[str, Constraint]]
@@ -54,6 +50,9 @@ class BatchedOptimizer(Optimizer):
 
     _carried: ClassVar[Mapping[str, tuple[Any, Constraint]]] = {}
     """What a group carries from step to step besides its hyperparameters: the value in a new group, what it may be."""
+
+    _constant_entries: ClassVar[frozenset[str]] = frozenset()
+    """Names of a state that no step writes: what was computed from them may be kept."""
 
     _backends: ClassVar[tuple[str, ...]] = _backend.BACKENDS
     """What ``backend`` may be."""
@@ -73,6 +72,7 @@ class BatchedOptimizer(Optimizer):
         self.workspace_bytes = workspace_bytes
         self.backend = backend
         self._plans: dict[int, tuple[Any, list[int]]] = {}
+        self._rehearsed: set[Any] = set()
         _parameters.check_iterable(params)
         super().__init__(params, defaults)
         given = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -147,8 +147,14 @@ class BatchedOptimizer(Optimizer):
                     continue
                 name = _parameters.name_of(group, index, position)
                 _parameters.check_gradient(parameter, name)
+                self._check_device(parameter.device, name)
                 if parameter in self.state:
                     _parameters.check_state(self.state[parameter], self._layout(group, parameter), name)
+
+    def _check_device(self, device: torch.device, name: str) -> None:
+        """Raise if the backend that was asked for cannot run where a parameter is."""
+        if self.backend == "triton":
+            _backend.check_device(device, name)
 
     # One step
 
@@ -187,33 +193,21 @@ class BatchedOptimizer(Optimizer):
         for group in self.param_groups:
             batches += self._batches(group, traced)
         if batches:
+            self._rehearse(batches, self._move)
             self._move(batches)
         return loss
 
-    def _refuse_recording(self, recorded: bool) -> None:
-        """What is compiled or captured into a graph runs without Python: nothing is there to raise."""
-        if recorded and self.nonfinite == "raise":
-            raise RuntimeError(
-                "nonfinite='raise' reads the gradients and cannot be compiled or captured: use 'skip' or 'propagate'"
-            )
+    def _rehearse(self, batches: Sequence[Batch], move: Callable[[Sequence[Batch]], None]) -> None:
+        """Compile the kernels of batches of a new kind: one that cannot be compiled fails before anything moves."""
+        launched = [batch for batch in batches if self._launches(batch)]  # what is not would move for good
+        new = {_kind(batch) for batch in launched} - self._rehearsed
+        if not new:
+            return
+        from trysquare.kernels import compiling
 
-    def _refuse_nonfinite(self) -> None:
-        """`nonfinite="raise"`: read the norm of the gradients, which waits for the device."""
-        if self.nonfinite != "raise":
-            return
-        given = [
-            (_parameters.name_of(group, index, position), parameter.grad)
-            for index, group in enumerate(self.param_groups)
-            for position, parameter in enumerate(group["params"])
-            if parameter.grad is not None
-        ]
-        if not given or bool(self._norm(gradient for _, gradient in given).isfinite()):
-            return
-        bad = [name for name, gradient in given if not bool(gradient.isfinite().all())]
-        what = f"the gradient of {bad[0]} is not finite" if bad else "the norm of all gradients is not finite"
-        raise RuntimeError(
-            f"{what} and nonfinite='raise'; nothing was changed. Use nonfinite='skip' to pass over such steps"
-        )
+        with compiling():
+            move(launched)
+        self._rehearsed |= new
 
     def _batches(self, group: Group, traced: bool) -> list[Batch]:
         positions: list[int] = []
@@ -304,42 +298,7 @@ class BatchedOptimizer(Optimizer):
             self._plans[id(group)] = known
         return known[1]
 
-    def _workspace(self, device: torch.device) -> int:
-        return self.workspace_bytes or _batches.default_workspace(device)
-
-    def _gradient_norm(self, batches: Sequence[Batch]) -> Tensor:
-        """‖all gradients‖₂ as a 0-dim tensor, in float64 where the device has it."""
-        return self._norm(gradient for batch in batches for gradient in batch.gradients)
-
-    def _norm(self, gradients: Iterable[Tensor]) -> Tensor:
-        return clipping.total_norm([self._sum_of_squares(gradient) for gradient in gradients])
-
-    def _sum_of_squares(self, gradient: Tensor) -> Tensor:
-        compiled = self._chosen == "compiled" and gradient.numel() >= COMPILED_SUM
-        if compiled or torch.compiler.is_compiling():
-            return cast(Tensor, _backend.run(self._chosen, clipping.sum_of_squares, gradient.flatten()))
-        return clipping.chunked_sum_of_squares(gradient, self._workspace(gradient.device) // 16)
-
-    def _finite(self, norm: Tensor | None) -> Tensor | None:
-        """Under `nonfinite="skip"`: whether to move at all, as a 0-dim tensor; steps passed over are counted."""
-        if self.nonfinite != "skip" or norm is None:
-            return None
-        finite = norm.isfinite()
-        if self._skipped.device != finite.device:
-            self._skipped = self._skipped.to(finite.device)
-        self._skipped.add_(~finite)
-        return finite
-
-    @property
-    def _chosen(self) -> str:
-        return _backend.choose(self.backend)
-
     # What a user can ask
-
-    @property
-    def skipped_steps(self) -> Tensor:
-        """How many steps `nonfinite="skip"` passed over, a 0-dim tensor on the device; not part of a checkpoint."""
-        return self._skipped.clone()
 
     def explain(self) -> Explanation:
         """What every parameter gets, and why."""
@@ -349,7 +308,7 @@ class BatchedOptimizer(Optimizer):
                 index,
                 tuple(parameter.shape),
                 self._rule_in_words(group, parameter),
-                self._chosen,
+                self._chosen(parameter.device),
                 sum(entry.bytes for entry in self._layout(group, parameter).values()),
             )
             for index, group in enumerate(self.param_groups)
@@ -385,4 +344,13 @@ class BatchedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch puts it there, and the next group would have it as a key
-        self._plans = {}
+        self._plans, self._rehearsed = {}, set()
+
+
+def _kind(batch: Batch) -> Any:
+    """What decides which kernels step a batch: everything but its numbers, and whether members have to be copied."""
+    kinds = (bool, int, str, torch.dtype, type(None))
+    settings = ((name, value) for name, value in batch.group.items() if isinstance(value, kinds))
+    dense = all(p.is_contiguous() and g.is_contiguous() for p, g in zip(batch.parameters, batch.gradients, strict=True))
+    clips = batch.group.get("gradient_clipping") or 0.0
+    return (*_batches.same_kind(batch.parameters[0]), *batch.state, dense, clips > 0, *sorted(settings, key=str))

@@ -5,19 +5,20 @@ With an update rate N > 1 optimizer state accumulates over N backward passes and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from trysquare import _backend, _batches, _parameters
+from trysquare import _backend, _parameters
 from trysquare._averaging import Averaging
 from trysquare._batches import Batch
 from trysquare._constraints import Constraint, Integer
 from trysquare._optimizer import Group
 from trysquare._thorn_steps import Steps, per_slice
+from trysquare.ops import _scratch
 from trysquare.ops import thorn as ops
 
 
@@ -219,25 +220,48 @@ class Release(Steps):
             self._settle_y(parameter)
         state = self._state_of(group, parameter)
         batch = Batch(group, [parameter], [gradient], {entry: [tensor] for entry, tensor in state.items()})
-        _batches.advance(batch.state["step"], None)
+        self._rehearse([batch], self._every_phase)
+        self._advance(batch, None)
         if parameter.numel():
-            self._micro_step(batch)
+            with _scratch.kept():
+                self._micro_step(batch)
         parameter.grad = None
         self._opt_called = True  # what torch's schedulers look at to see that the optimizer has stepped
 
     def _micro_step(self, batch: Batch) -> None:
         rate = batch.group["update_rate"]
-        moves = int(batch.state["step"][0]) % rate == 0
         if rate == 1:
             self._move_batch(batch, None)
-        elif batch.group["orthogonalize"]:
-            (self._orthogonalized if moves else self._accumulate)(batch, None)
+            return
+        moves = int(batch.state["step"][0]) % rate == 0
+        if batch.group["orthogonalize"]:
+            (self._move_batch if moves else self._accumulate)(batch, None)
         else:
             self._collect(batch)
             if moves:
                 self._spend(batch)
 
+    def _every_phase(self, batches: Sequence[Batch]) -> None:
+        """All that a window of backward passes may launch, to be compiled before any of it changes something."""
+        for batch in batches:
+            self._advance(batch, None)
+            if not batch.parameters[0].numel():
+                continue
+            if batch.group["update_rate"] == 1 or batch.group["orthogonalize"]:
+                self._move_batch(batch, None)
+            if batch.group["update_rate"] > 1:
+                (self._accumulate if batch.group["orthogonalize"] else self._collect_and_spend)(batch, None)
+
+    def _collect_and_spend(self, batch: Batch, _: Tensor | None) -> None:
+        self._collect(batch)
+        self._spend(batch)
+
     def _accumulate(self, batch: Batch, _: Tensor | None) -> None:
+        if self._launches(batch):
+            from trysquare import _thorn_launches
+
+            _thorn_launches.accumulate(batch, self._workspace(batch.parameters[0].device))
+            return
         momentum, *_rest = self._scalars(batch.group, batch.parameters[0])
         for piece in self._pieces(batch, ("momentum_buffer",), "elements"):
             self._run(ops.accumulate_, piece.operands[2], piece.operands[0], momentum)
@@ -245,10 +269,13 @@ class Release(Steps):
 
     def _collect(self, batch: Batch) -> None:
         """v, m if there is one, and S take up the gradient."""
+        if self._launches(batch):
+            self._launch_phase(batch, "collect")
+            return
         group, first = batch.group, batch.parameters[0]
         moments = ("exp_avg_sq",) if group["schedule_free"] else ("exp_avg", "exp_avg_sq")
         function = ops.collect_ if group["schedule_free"] else ops.collect_mean_
-        chosen = self._chosen
+        chosen = self._chosen(first.device)
         (part,) = _backend.scalars(chosen, [1 / group["update_rate"]], torch.float64)
         (beta1,) = _backend.scalars(chosen, [group["betas"][0]], torch.float64)
         _, _, eps, beta2 = self._scalars(group, first)
@@ -260,8 +287,16 @@ class Release(Steps):
             self._run(function, update_sum, gradient, *buffers, *corrections, part, eps, *betas)
             piece.store()
 
+    def _launch_phase(self, batch: Batch, phase: Literal["collect", "spend"]) -> None:
+        from trysquare import _thorn_launches
+
+        _thorn_launches.step_others(batch, phase, None, self._workspace(batch.parameters[0].device))
+
     def _spend(self, batch: Batch) -> None:
         """Move by S, and begin it anew."""
+        if self._launches(batch):
+            self._launch_phase(batch, "spend")
+            return
         group = batch.group
         averages = group["schedule_free"]
         rates = self._weighed(batch, None) if averages else (self._rates(group, torch.stack(batch.state["step"])),)

@@ -25,10 +25,17 @@ def log_probabilities(x: Tensor, dim: int) -> Tensor:
 
 
 def index_losses(
-    x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, dtype: torch.dtype
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    backend: str = "eager",
 ) -> Tensor:
-    """The loss of every position, for class indices, in `dtype`; 0 where they are ignored."""
-    return _IndexLosses.apply(  # type: ignore[no-any-return, no-untyped-call]
+    """The loss of every position, for class indices, in `dtype`; 0 where they are ignored. By "eager" or "triton"."""
+    function = _KernelIndexLosses if backend == "triton" else _IndexLosses
+    return function.apply(  # type: ignore[no-any-return, no-untyped-call]
         x, target, weight, ignore_index, label_smoothing, dtype
     )
 
@@ -112,6 +119,39 @@ class _IndexLosses(Function):
         at_y = ops.chosen_gradient(_pick(x, y).to(dtype), normalizer, w_y, w_sum, uniform, label_smoothing) * factor
         gradient = Blockwise(ops.index_gradient, [x], [y, at_y, scale, lift], [w], dtype).per_entry(x)
         return _zero_where(ignored, gradient), None, None, None, None, None
+
+
+class _KernelIndexLosses(Function):
+    """The same by Triton kernels, which read logits once each way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        from trysquare.kernels import stablemax as kernels
+
+        losses, normalizer = kernels.losses(
+            kernels.problem_of(x, target, weight, ignore_index, label_smoothing, dtype)
+        )
+        ctx.save_for_backward(x, target, weight, normalizer)
+        ctx.settings = ignore_index, label_smoothing, dtype
+        return losses.view(target.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        from trysquare.kernels import stablemax as kernels
+
+        x, target, weight, normalizer = ctx.saved_tensors
+        if _wants_second_derivative():
+            return *_differentiable_gradients(ctx, g, *ctx.settings), None, None, None
+        problem = kernels.problem_of(x, target, weight, *ctx.settings)
+        return kernels.gradient(problem, normalizer, g.reshape(-1)), None, None, None, None, None
 
 
 class _ProbabilityLosses(Function):

@@ -13,7 +13,7 @@ from trysquare._averaging import Averaging
 from trysquare._batches import Batch, Piece
 from trysquare._optimizer import Group
 from trysquare._parameters import arithmetic
-from trysquare.ops import moments, polar, polar_express, rectification, schedule_free
+from trysquare.ops import _scratch, moments, polar, polar_express, rectification, schedule_free
 from trysquare.ops import thorn as ops
 
 
@@ -21,17 +21,46 @@ class Steps(Averaging):
     """The part of THORN that computes."""
 
     def _move(self, batches: Sequence[Batch]) -> None:
-        finite = self._finite(self._gradient_norm(batches)) if self.nonfinite == "skip" else None
+        finite = self._finite(self._norm(batches, None)) if self.nonfinite == "skip" else None
+        if torch.compiler.is_compiling():
+            self._move_each(batches, finite)
+            return
+        with _scratch.kept():
+            self._move_each([batch for batch in batches if batch.group["orthogonalize"]], finite)
+        self._move_each([batch for batch in batches if not batch.group["orthogonalize"]], finite)
+
+    def _move_each(self, batches: Sequence[Batch], finite: Tensor | None) -> None:
         for batch in batches:
-            _batches.advance(batch.state["step"], finite)
+            self._advance(batch, finite)
             if batch.parameters[0].numel():
                 self._move_batch(batch, finite)
-            if batch.group["none_grad"]:
+            if batch.group["none_grad"] and not _backend.rehearsing:
                 for parameter in batch.parameters:
                     parameter.grad = None
 
+    def _advance(self, batch: Batch, finite: Tensor | None) -> None:
+        if self._launches(batch):
+            from trysquare import _thorn_launches
+
+            _thorn_launches.advance(batch, finite)
+        else:
+            _batches.advance(batch.state["step"], finite)
+
+    def _launch_batch(self, batch: Batch, finite: Tensor | None) -> None:
+        from trysquare import _thorn_launches
+
+        group, first = batch.group, batch.parameters[0]
+        workspace = self._workspace(first.device)
+        if group["orthogonalize"]:
+            shape = matrix_shape(group, first)
+            _thorn_launches.step_matrices(batch, shape, rule_of(group, first), finite, workspace)
+        else:
+            _thorn_launches.step_others(batch, "step", finite, workspace)
+
     def _move_batch(self, batch: Batch, finite: Tensor | None) -> None:
-        if batch.group["orthogonalize"]:
+        if self._launches(batch):
+            self._launch_batch(batch, finite)
+        elif batch.group["orthogonalize"]:
             self._orthogonalized(batch, finite)
         elif batch.group["schedule_free"]:
             self._schedule_free_adam(batch, finite)
@@ -87,7 +116,7 @@ class Steps(Averaging):
         rates, means = self._rates(group, torch.stack(batch.state["step"])), self._mean_corrections(batch)
         corrections = self._corrections(batch)
         _, weight_decay, eps, beta2 = self._scalars(group, first)
-        (beta1,) = _backend.scalars(self._chosen, [group["betas"][0]], torch.float64)
+        (beta1,) = _backend.scalars(self._chosen(first.device), [group["betas"][0]], torch.float64)
         for piece in self._pieces(batch, ("exp_avg", "exp_avg_sq"), "elements"):
             before = piece.snapshot(finite)
             gradient, theta, exp_avg, exp_avg_sq = piece.operands
@@ -130,18 +159,19 @@ class Steps(Averaging):
     def _scalars(self, group: Group, parameter: Tensor) -> list[Any]:
         """β₁, λ and ε in the dtype of the arithmetic, and β₂, of which 1 − β₂ needs the digits."""
         numbers = [group["betas"][0], group["weight_decay"], group["eps"]]
-        narrow = _backend.scalars(self._chosen, numbers, arithmetic(parameter))
-        return [*narrow, *_backend.scalars(self._chosen, [group["betas"][1]], torch.float64)]
+        chosen = self._chosen(parameter.device)
+        narrow = _backend.scalars(chosen, numbers, arithmetic(parameter))
+        return [*narrow, *_backend.scalars(chosen, [group["betas"][1]], torch.float64)]
 
     def _pieces(self, batch: Batch, names: Sequence[str], split: _batches.Split) -> Iterable[Piece]:
         written = [batch.parameters, *(batch.state[name] for name in names)]
         snapshots = len(written) if self.nonfinite == "skip" else 0
-        split = "whole" if self._chosen == "compiled" else split
-        workspace = self._workspace(batch.parameters[0].device)
+        device = batch.parameters[0].device
+        split, workspace = "whole" if self._chosen(device) == "compiled" else split, self._workspace(device)
         return _batches.pieces([batch.gradients, *written], workspace, split, snapshots)
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
-        return _backend.run(self._chosen, function, *args)
+        return _backend.run(self._chosen(args[0].device), function, *args)
 
 
 class _Rows:

@@ -59,7 +59,7 @@ def _entries(tensor: Tensor, span: Span) -> tuple[Tensor, tuple[Tensor, Tensor] 
     width = rows_and_columns(tensor.shape)[1] if tensor.ndim > 1 else 1
     first, last = span.start // width, -(-span.stop // width)
     rows = tensor[first:last]
-    copy = rows.reshape(-1)
+    copy = rows.reshape(-1).contiguous()  # a single row may be seen flat without being it
     return copy[span.start - first * width : span.stop - first * width], (rows, copy)
 
 

@@ -15,6 +15,7 @@ from trysquare._batches import advance as _advance
 from trysquare._constraints import Choice, Constraint, Flag, Integer, Number
 from trysquare._loss_aware import LossAware
 from trysquare._loss_aware import rate as _rate
+from trysquare._norms import Norm, judged
 from trysquare._optimizer import Entry, Group
 from trysquare._parameters import arithmetic
 from trysquare.ops import clipping, moments
@@ -39,7 +40,7 @@ class DolphinFlow(LossAware):
     Args:
         params: parameters, ``named_parameters()`` or groups.
         lr: learning rate $\eta$, a float or a 0-dim tensor.
-        weight_decay: decoupled decay $\lambda$.
+        weight_decay: decoupled decay $\lambda$, a float or a 0-dim tensor.
         momentum: $\mu$ in [0, 1).
         ortho_mode: ``"vector"`` projects each row as above; ``"matrix"`` orthogonalizes $u$ by Newton–Schulz
             iterations, keeping its norm; None does neither.
@@ -59,10 +60,13 @@ class DolphinFlow(LossAware):
             this step, without a synchronisation, and counts it (`skipped_steps`); ``"raise"`` raises.
         workspace_bytes: bound on the scratch memory of one call of the update, where it can be split: by rows, so that
             one row is the least. None: chosen by measurement for each kind of device.
-        backend: ``"eager"``, ``"compiled"`` (the updates through `torch.compile`) or ``"auto"`` (eager).
+        backend: ``"eager"``, ``"compiled"`` (the updates through `torch.compile`), ``"triton"`` (kernels for NVIDIA and
+            AMD GPUs) or ``"auto"``: Triton on a GPU where it is installed, else eager.
 
     Raises:
         TypeError, ValueError: names the argument or parameter, its value and what is allowed; nothing has changed.
+        ImportError: ``backend="triton"`` without that package.
+        RuntimeError: a kernel cannot be compiled, found before anything moves.
 
     Example:
         >>> model = torch.nn.Linear(100, 10)
@@ -77,7 +81,7 @@ class DolphinFlow(LossAware):
 
     _constraints: ClassVar[Mapping[str, Constraint]] = {
         "lr": Number(tensor=True),
-        "weight_decay": Number(),
+        "weight_decay": Number(tensor=True),
         "momentum": Number(high=1.0),
         "ortho_mode": Choice(("vector", "matrix", None)),
         "adaptive_lr": Flag(),
@@ -96,7 +100,7 @@ class DolphinFlow(LossAware):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-4,
-        weight_decay: float = 1e-2,
+        weight_decay: float | Tensor = 1e-2,
         momentum: float = 0.9,
         ortho_mode: str | None = "vector",
         adaptive_lr: bool = True,
@@ -147,25 +151,51 @@ class DolphinFlow(LossAware):
 
     def _move(self, batches: Sequence[Batch]) -> None:
         clip = batches[0].group["gradient_clipping"]
-        measured = self._measure(batches) if clip or self.nonfinite == "skip" else None
+        measured = self._measure(batches, clip) if clip or self.nonfinite == "skip" else None
         norm, coefficients = measured or (None, [None] * len(batches))
-        scale = clipping.clip_scale(norm, clip) if norm is not None and clip else None
-        finite = self._finite(norm)
+        scale, finite = None if norm is None else norm.scale, self._finite(norm)
         # backwards: what was measured last may still be in a cache
         for batch, own in zip(reversed(batches), reversed(coefficients), strict=True):
+            if self._launches(batch):
+                self._launch_batch(batch, scale, finite)
+                continue
             _advance(batch.state["step"], finite)
             if batch.parameters[0].numel():
                 self._move_batch(batch, scale, finite, own)
 
-    def _measure(self, batches: Sequence[Batch]) -> tuple[Tensor, list[list[Tensor] | None]]:
+    def _launch_batch(self, batch: Batch, scale: Tensor | None, finite: Tensor | None) -> None:
+        """All members of a batch in a kernel's launch or two, which take no scratch but for the matrix mode."""
+        from trysquare.kernels import clipping as counting
+        from trysquare.kernels import dolphinflow as kernels
+
+        group, first = batch.group, batch.parameters[0]
+        rule, device = _rule(group, first), first.device
+        scale = None if scale is None else scale.to(device, non_blocking=True)
+        finite = None if finite is None else finite.to(device, non_blocking=True)
+        counting.advance(batch.state["step"], finite)
+        if not first.numel():
+            return
+        written = [batch.parameters, *(tensors for name, tensors in batch.state.items() if name != "step")]
+        numbers = kernels.numbers_of(device, *self._floats(group))
+        workspace, split = self._workspace(device), self._split(rule, device)
+        in_scratch = max(1, workspace // (8 * _batches.SCRATCH * first.numel()))
+        most = in_scratch if split == "whole" else len(batch.parameters)
+        for part in _batches.contiguous([batch.gradients, *written], workspace, split, most):
+            gradients, parameters, momentum_buffers, *rest = part.operands
+            steps = [batch.state["step"][i] for i in part.members]
+            bucket = kernels.Bucket(parameters, gradients, momentum_buffers, rest[0] if rest else None, steps)
+            kernels.step_(bucket, part.shape, numbers, scale, finite, rule, group["eps"])
+            part.store()
+
+    def _measure(self, batches: Sequence[Batch], clip: float | None) -> tuple[Norm, list[list[Tensor] | None]]:
         """The norm of all gradients and, if compiled, the coefficients of each piece, which the same sweep gives."""
-        if self._chosen != "compiled" or torch.compiler.is_compiling():
-            return self._gradient_norm(batches), [None] * len(batches)
+        if self.backend != "compiled" or torch.compiler.is_compiling():
+            return self._norm(batches, clip), [None] * len(batches)
         on_cpu = all(parameter.device.type == "cpu" for batch in batches for parameter in batch.parameters)
         norm, coefficients = self._sweep(batches, wide=not on_cpu)
         if on_cpu and not norm.isfinite():  # nothing waits for a device here
             norm, coefficients = self._sweep(batches, wide=True)
-        return norm, coefficients
+        return judged(norm, clip), coefficients
 
     def _sweep(self, batches: Sequence[Batch], *, wide: bool) -> tuple[Tensor, list[list[Tensor] | None]]:
         sums: list[Tensor] = []
@@ -189,9 +219,9 @@ class DolphinFlow(LossAware):
         first = batch.parameters[0]
         written = [batch.parameters, *(tensors for name, tensors in batch.state.items() if name != "step")]
         snapshots = len(written) if self.nonfinite == "skip" else 0
-        split = self._split(_rule(batch.group, first))
+        split = self._split(_rule(batch.group, first), first.device)
         pieces = _batches.pieces([batch.gradients, *written], self._workspace(first.device), split, snapshots)
-        return _batches.together(pieces, _backend.TOGETHER if self._chosen == "compiled" else 1)
+        return _batches.together(pieces, _backend.TOGETHER if self.backend == "compiled" else 1)
 
     def _move_batch(
         self, batch: Batch, scale: Tensor | None, finite: Tensor | None, measured: list[Tensor] | None
@@ -205,7 +235,7 @@ class DolphinFlow(LossAware):
         for pieces in self._together(batch):
             each = [self._operands(rule, piece, scale, corrections, found) for piece in pieces]
             before = [piece.snapshot(finite) for piece in pieces]
-            _backend.run_each(self._chosen, ops.update_, each, *numbers, rule)
+            _backend.run_each(self._chosen(first.device), ops.update_, each, *numbers, rule)
             for piece in pieces:
                 piece.restore(before.pop(0), finite)
                 piece.store()
@@ -239,18 +269,22 @@ class DolphinFlow(LossAware):
     def _coefficient(self, piece: Piece, scale: Tensor | None) -> Tensor:
         gradient, theta, momentum_buffer = piece.operands[:3]
         arguments = theta, gradient, scale, momentum_buffer.dtype
-        return cast("Tensor", _backend.run(self._chosen, ops.row_coefficient, *arguments))
+        return cast("Tensor", _backend.run(self._chosen(theta.device), ops.row_coefficient, *arguments))
 
     def _numbers(self, group: Group, scale: Tensor | None, parameter: Tensor) -> list[Any]:
         """Clipping factor, η, λ, μ, ε, β₂ and 1 − β₂ in the dtype of the arithmetic."""
         dtype = arithmetic(parameter)
-        numbers = [_rate(group), *(group[name] for name in ("weight_decay", "momentum", "eps", "beta2"))]
-        numbers.append(1 - group["beta2"])
-        return [None if scale is None else scale.to(dtype), *_backend.scalars(self._chosen, numbers, dtype)]
+        numbers = [*self._floats(group), 1 - group["beta2"]]
+        chosen = self._chosen(parameter.device)
+        return [None if scale is None else scale.to(dtype), *_backend.scalars(chosen, numbers, dtype)]
 
-    def _split(self, rule: ops.Rule) -> _batches.Split:
+    def _floats(self, group: Group) -> list[Any]:
+        """η, λ, μ, ε and β₂."""
+        return [_rate(group), *(group[name] for name in ("weight_decay", "momentum", "eps", "beta2"))]
+
+    def _split(self, rule: ops.Rule, device: torch.device) -> _batches.Split:
         """A compiled update needs no scratch, so there is nothing to bound."""
-        if self._chosen == "compiled" or rule.ortho_mode == "matrix":
+        if self._chosen(device) == "compiled" or rule.ortho_mode == "matrix":
             return "whole"
         return "elements" if rule.ortho_mode is None else "rows"
 

@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from trysquare import _backend, _batches, _bitsandbytes, _coded_state, _parameters
+from trysquare import _backend, _batches, _bitsandbytes, _coded_state, _coded_windows
 from trysquare._batches import Batch, advance
+from trysquare._coded_launches import CodedLaunches
 from trysquare._constraints import Choice, Constraint, Flag, Integer, Number
-from trysquare._loss_aware import LossAware, rate
 from trysquare._optimizer import Entry, Group
-from trysquare._windows import Span, Window, spans, spread
-from trysquare.ops import blockwise8bit, clipping, moments, projection
-from trysquare.ops import dolphinflow as projected
+from trysquare.ops import blockwise8bit, clipping
 from trysquare.ops import dolphinflow8bit as ops
 
-SCRATCH = 12
-"""Float32 tensors that an eager update of coded moments holds at once, an upper bound (a compiled one: four)."""
 
-SNAPSHOT_BYTES = 8
-"""What a copy of parameter and codes takes for an element, if a step may have to be taken back."""
-
-ZEROS = (blockwise8bit.SIGNED_ZERO, blockwise8bit.UNSIGNED_ZERO)
-"""The code of 0 of each moment, which fills up a block that ends early."""
-
-
-class Cut(NamedTuple):
-    """What is the same for all windows of a parameter."""
-
-    scale: Tensor | None
-    coefficient: Tensor | None
-    corrections: tuple[Tensor | None, Tensor | None]
-    numbers: list[Any]
-    finite: Tensor | None
-
-
-class DolphinFlow8bit(LossAware):
+class DolphinFlow8bit(CodedLaunches):
     r"""DolphinFlow with a state of 2.03 bytes a parameter: AdamW's moments of the projected gradient, as 8-bit codes.
 
     In step $t = 1, 2, \dots$, with $\tilde g$ the gradient clipped by the norm $G$ of all gradients and projected off
@@ -58,7 +37,7 @@ class DolphinFlow8bit(LossAware):
     Args:
         params: parameters, ``named_parameters()`` or groups.
         lr: learning rate $\eta$, a float or a 0-dim tensor.
-        weight_decay: decoupled decay $\lambda$.
+        weight_decay: decoupled decay $\lambda$, a float or a 0-dim tensor.
         momentum: $\beta_1$ in [0, 1); AdamW's, not Nesterov's as in `DolphinFlow`.
         ortho_mode: ``"vector"`` projects each row of the gradient off the same row of the weights; ``"matrix"``
             orthogonalizes the gradient by Newton–Schulz iterations, keeping its norm; None does neither.
@@ -76,8 +55,9 @@ class DolphinFlow8bit(LossAware):
             (`skipped_steps`); ``"raise"`` raises.
         workspace_bytes: bound on the scratch memory of one call of the update; the matrix mode needs a whole matrix, a
             parameter that is not contiguous a whole row. None: chosen by measurement for each kind of device.
-        backend: ``"eager"``, ``"compiled"`` (the updates through `torch.compile`), ``"bitsandbytes"`` (eager, with
-            that package's decoder, on a CPU) or ``"auto"`` (eager).
+        backend: ``"eager"``, ``"compiled"`` (the updates through `torch.compile`), ``"triton"`` (kernels, on a GPU),
+            ``"bitsandbytes"`` (eager, with that package's decoder, on a CPU) or ``"auto"`` (Triton on a GPU that has
+            it, else eager).
 
     Raises:
         TypeError, ValueError: names the argument or parameter, its value and what is allowed; nothing has changed.
@@ -100,7 +80,7 @@ class DolphinFlow8bit(LossAware):
 
     _constraints: ClassVar[Mapping[str, Constraint]] = {
         "lr": Number(tensor=True),
-        "weight_decay": Number(),
+        "weight_decay": Number(tensor=True),
         "momentum": Number(high=1.0),
         "ortho_mode": Choice(("vector", "matrix", None)),
         "adaptive_lr": Flag(),
@@ -112,13 +92,14 @@ class DolphinFlow8bit(LossAware):
         "loss_ema_beta": Number(high=1.0),
     }
     _entries: ClassVar[tuple[str, ...]] = ("step", "state1", "qmap1", "absmax1", "state2", "qmap2", "absmax2")
+    _constant_entries: ClassVar[frozenset[str]] = frozenset({"qmap1", "qmap2"})
     _backends: ClassVar[tuple[str, ...]] = (*_backend.BACKENDS, "bitsandbytes")
 
     def __init__(
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-4,
-        weight_decay: float = 1e-2,
+        weight_decay: float | Tensor = 1e-2,
         momentum: float = 0.9,
         ortho_mode: str | None = "vector",
         adaptive_lr: bool = True,
@@ -154,13 +135,13 @@ class DolphinFlow8bit(LossAware):
 
     def _layout(self, group: Group, parameter: Tensor) -> dict[str, Entry]:
         step = Entry((), clipping.wide_dtype(parameter.device))
-        return {"step": step, **_coded_state.entries(parameter, _moments(group))}
+        return {"step": step, **_coded_state.entries(parameter, _coded_windows.moments_of(group))}
 
     def _new_state(self, group: Group, parameter: Tensor) -> dict[str, Tensor]:
         state = super()._new_state(group, parameter)
-        for i in range(1, _moments(group) + 1) if _coded_state.is_coded(parameter) else ():
+        for i in _coded_windows.numbered(group) if _coded_state.is_coded(parameter) else ():
             state[f"qmap{i}"] = self._map(i, parameter.device)
-            state[f"state{i}"].fill_(ZEROS[i - 1])
+            state[f"state{i}"].fill_(_coded_windows.ZEROS[i - 1])
         return state
 
     def _map(self, i: int, device: torch.device) -> Tensor:
@@ -174,16 +155,13 @@ class DolphinFlow8bit(LossAware):
         maps: dict[tuple[int, torch.device], Tensor] = self.__dict__.setdefault("_own_maps", {})
         return maps
 
-    def _check_gradients(self) -> None:
-        super()._check_gradients()
-        if self.backend != "bitsandbytes":
-            return
-        for index, group in enumerate(self.param_groups):
-            for position, parameter in enumerate(group["params"]):
-                _bitsandbytes.check_device(parameter, _parameters.name_of(group, index, position))
+    def _check_device(self, device: torch.device, name: str) -> None:
+        super()._check_device(device, name)
+        if self.backend == "bitsandbytes":
+            _bitsandbytes.check_device(device, name)
 
     def _rule_in_words(self, group: Group, parameter: Tensor) -> str:
-        mode, rows, columns = _mode(group, parameter), *_batches.rows_and_columns(parameter.shape)
+        mode, rows, columns = _coded_windows.mode_of(group, parameter), *_batches.rows_and_columns(parameter.shape)
         what = {
             "vector": f"gradient projected in {rows} rows of {columns}",
             "matrix": f"gradient orthogonalized as {rows} x {columns}",
@@ -195,10 +173,12 @@ class DolphinFlow8bit(LossAware):
 
     def _move(self, batches: Sequence[Batch]) -> None:
         clip = batches[0].group["gradient_clipping"]
-        norm = self._gradient_norm(batches) if clip or self.nonfinite == "skip" else None
-        scale = clipping.clip_scale(norm, clip) if norm is not None and clip else None
-        finite = self._finite(norm)
+        norm = self._norm(batches, clip) if clip or self.nonfinite == "skip" else None
+        scale, finite = None if norm is None else norm.scale, self._finite(norm)
         for batch in batches:
+            if self._launches(batch):
+                self._launch_batch(batch, scale, finite)
+                continue
             advance(batch.state["step"], finite)
             if not batch.parameters[0].numel():
                 continue
@@ -212,131 +192,20 @@ class DolphinFlow8bit(LossAware):
     def _move_small(self, batch: Batch, scale: Tensor | None, finite: Tensor | None) -> None:
         """Parameters whose moments are not coded, stacked as far as the workspace goes."""
         group, first = batch.group, batch.parameters[0]
-        mode, held = _mode(group, first), [batch.state[f"state{i}"] for i in range(1, _moments(group) + 1)]
-        split: _batches.Split = {"matrix": "whole", "vector": "rows", None: "elements"}[mode]  # type: ignore[assignment]
+        mode = _coded_windows.mode_of(group, first)
+        held = [batch.state[f"state{i}"] for i in _coded_windows.numbered(group)]
         snapshots = 1 + len(held) if finite is not None else 0
         operands = [batch.gradients, batch.parameters, *held]
-        for piece in _batches.pieces(operands, self._workspace(first.device), split, snapshots):
+        for piece in _batches.pieces(operands, self._workspace(first.device), _coded_windows.SPLITS[mode], snapshots):
             before = piece.snapshot(finite)
             gradient, theta, state1, *rest = piece.operands
             kind = state1.dtype
             gradient, factor, coefficient = self._direction(group, mode, theta, gradient, scale, kind)
-            corrections = _corrections(group, torch.stack(batch.state["step"][piece.members]), kind)
+            corrections = _coded_windows.corrections_of(group, torch.stack(batch.state["step"][piece.members]), kind)
             moved = theta, gradient, state1, rest[0] if rest else None, *corrections, factor, coefficient
-            _backend.run(self._chosen, ops.update_, *moved, *self._numbers(group, kind))
+            _backend.run(self._chosen(first.device), ops.update_, *moved, *self._numbers(group, kind))
             piece.restore(before, finite)
             piece.store()
-
-    def _direction(
-        self, group: Group, mode: str | None, theta: Tensor, gradient: Tensor, scale: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradient, clipping factor and row coefficients of a batch (B, R, C) as an update takes them."""
-        if mode == "matrix":
-            arguments = gradient, scale, group["ns_steps"], *_backend.scalars(self._chosen, [group["eps"]], dtype)
-            return _backend.run(self._chosen, ops.orthogonalized, *arguments, dtype), None, None
-        if mode == "vector":
-            arguments = theta, gradient, scale, dtype
-            return gradient, scale, _backend.run(self._chosen, projected.row_coefficient, *arguments)
-        return gradient, scale, None
-
-    def _move_coded(self, batch: Batch, member: int, scale: Tensor | None, finite: Tensor | None) -> None:
-        """One parameter, in windows of its blocks."""
-        group, theta, gradient = batch.group, batch.parameters[member], batch.gradients[member]
-        mode, coefficient = _mode(group, theta), None
-        if mode == "matrix":
-            matrix = gradient.reshape(1, *_batches.rows_and_columns(gradient.shape))
-            gradient, scale, _ = self._direction(group, mode, theta, matrix, scale, torch.float32)
-            gradient = gradient.reshape(theta.shape)
-        elif mode == "vector":
-            coefficient = self._row_coefficients(group, theta, gradient, scale)
-        corrections = _corrections(group, batch.state["step"][member].view(1), torch.float32)
-        cut = Cut(scale, coefficient, _flat(corrections), self._numbers(group, torch.float32), finite)
-        held = [(batch.state[f"state{i}"][member], batch.state[f"absmax{i}"][member]) for i in _numbered(group)]
-        maps = [(qmap, self._boundaries(qmap)) for qmap in (batch.state[f"qmap{i}"][member] for i in _numbered(group))]
-        for span in spans(theta.numel(), self._window_elements(theta), blockwise8bit.BLOCK):
-            self._move_window(theta, gradient, held, maps, span, cut)
-
-    def _row_coefficients(self, group: Group, theta: Tensor, gradient: Tensor, scale: Tensor | None) -> Tensor:
-        """How much of every row of θ the clipped gradient holds, shape (R,)."""
-        whole = self._chosen == "compiled" or torch.compiler.is_compiling()  # needs no scratch
-        workspace, columns = self._workspace(theta.device), _batches.rows_and_columns(theta.shape)[1]
-        most = workspace // (4 * _batches.SCRATCH)
-        if columns > most and not whole:
-            rows = zip(theta.unbind(), gradient.unbind(), strict=True)
-            return torch.stack([self._coefficient_in_parts(*row, scale, max(1, most)) for row in rows])
-        found = []
-        for piece in _batches.pieces([[gradient], [theta]], workspace, "whole" if whole else "rows"):
-            part, weights = piece.operands
-            found.append(cast("Tensor", self._direction(group, "vector", weights, part, scale, torch.float32)[2]))
-        return torch.cat([coefficient.reshape(-1) for coefficient in found])
-
-    def _coefficient_in_parts(self, w: Tensor, gradient: Tensor, scale: Tensor | None, most: int) -> Tensor:
-        """That of a row which alone is larger than the workspace."""
-        products = []
-        for span in spans(w.numel(), most, 1):
-            part, weights = (Window(x, span, 1).values for x in (gradient, w))
-            arguments = weights, projected.clipped(part, scale, torch.float32)
-            products.append(_backend.run(self._chosen, ops.products, *arguments))
-        return projection.coefficient(*torch.stack(products).sum(0))
-
-    def _sum_of_squares(self, gradient: Tensor) -> Tensor:
-        """Of a gradient that is not contiguous row by row, for as a whole it would be copied."""
-        if gradient.is_contiguous() or gradient.ndim < 2 or not gradient.numel() or torch.compiler.is_compiling():
-            return super()._sum_of_squares(gradient)
-        columns = _batches.rows_and_columns(gradient.shape)[1]
-        rows = max(1, self._workspace(gradient.device) // (16 * columns))
-        parts = torch.split(gradient, rows)
-        return torch.stack([super(DolphinFlow8bit, self)._sum_of_squares(part) for part in parts]).sum()
-
-    def _move_window(
-        self,
-        theta: Tensor,
-        gradient: Tensor,
-        held: Sequence[tuple[Tensor, Tensor]],
-        maps: Sequence[tuple[Tensor, Tensor]],
-        span: Span,
-        cut: Cut,
-    ) -> None:
-        """A span of whole blocks: everything of it as rows of 256, then one call of the update."""
-        size = blockwise8bit.BLOCK
-        blocks = Span(span.start // size, -(-span.stop // size))
-        written = [Window(theta, span, size)]
-        for (codes, absmax), zero in zip(held, ZEROS, strict=False):
-            written += [Window(codes, span, size, zero), Window(absmax, blocks, 1)]
-        values = [window.values for window in written]
-        before = [] if cut.finite is None else [value.clone() for value in values]
-        first = *values[1:3], *maps[0]
-        second = (*values[3:5], *maps[1]) if len(maps) > 1 else (None,) * 4
-        coefficient = None if cut.coefficient is None else _for_blocks(cut.coefficient, theta, span)
-        arguments = Window(gradient, span, size).values, *first, *second, *cut.corrections, cut.scale, coefficient
-        update = _bitsandbytes.update_coded_ if self._chosen == "bitsandbytes" else ops.update_coded_
-        _backend.run(self._chosen, update, values[0], *arguments, *cut.numbers)
-        for window, old in zip(written, before, strict=False):
-            window.values.copy_(torch.where(cast("Tensor", cut.finite).to(old.device), window.values, old))
-        for window in written:
-            window.store()
-
-    def _window_elements(self, theta: Tensor) -> int:
-        """How many elements fit into the workspace."""
-        scratch = 4 if self._chosen == "compiled" else SCRATCH
-        copied = 0 if self.nonfinite != "skip" else SNAPSHOT_BYTES
-        return self._workspace(theta.device) // (4 * scratch + copied)
-
-    def _boundaries(self, qmap: Tensor) -> Tensor:
-        """Those of a map, kept as long as it does not change."""
-        if torch.compiler.is_compiling():
-            return blockwise8bit.boundaries(qmap)
-        known: dict[int, tuple[Tensor, int, Tensor]] = self.__dict__.setdefault("_known_boundaries", {})
-        found = known.get(id(qmap))
-        if found is None or found[0] is not qmap or found[1] != qmap._version:  # noqa: SLF001 (torch's own count)
-            found = known[id(qmap)] = qmap, qmap._version, blockwise8bit.boundaries(qmap)  # noqa: SLF001
-        return found[2]
-
-    def _numbers(self, group: Group, dtype: torch.dtype) -> list[Any]:
-        """As the updates take them: η, λ, β₁ and what the gradient adds to m, β₂ and what its square adds to v, ε."""
-        beta1, beta2 = group["momentum"], group["beta2"]
-        betas = [beta1, 1 - beta1 if group["adaptive_lr"] else 1.0, beta2, 1 - beta2]
-        return _backend.scalars(self._chosen, [rate(group), group["weight_decay"], *betas, group["eps"]], dtype)
 
     # Checkpoints
 
@@ -381,19 +250,6 @@ class DolphinFlow8bit(LossAware):
                 entries[f"qmap{i}"] = loaded if same is None else same
 
 
-def _mode(group: Group, parameter: Tensor) -> str | None:
-    return group["ortho_mode"] if parameter.ndim >= 2 else None
-
-
-def _moments(group: Group) -> int:
-    """How many moments there are."""
-    return 2 if group["adaptive_lr"] else 1
-
-
-def _numbered(group: Group) -> range:
-    return range(1, _moments(group) + 1)
-
-
 def _kept(parameter: Tensor) -> str:
     """How the moments are kept."""
     if _coded_state.is_coded(parameter):
@@ -401,26 +257,3 @@ def _kept(parameter: Tensor) -> str:
     if parameter.dtype == torch.float64:
         return "float64: moments not coded"
     return f"fewer than {_coded_state.SMALLEST_CODED} elements: float32 moments"
-
-
-def _corrections(group: Group, steps: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """1/(1 − β₁ᵗ) and 1/√(1 − β₂ᵗ), each (B, 1, 1), from t of shape (B,)."""
-    if not group["adaptive_lr"]:
-        return None, None
-    first = (1 / (1 - group["momentum"] ** steps)).to(dtype).view(-1, 1, 1)
-    return first, moments.correction(steps, group["beta2"], dtype)
-
-
-def _flat(corrections: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-    """Of one parameter, for windows of blocks."""
-    first, second = corrections
-    return None if first is None else first.view(1, 1), None if second is None else second.view(1, 1)
-
-
-def _for_blocks(coefficient: Tensor, theta: Tensor, span: Span) -> Tensor:
-    """The coefficient of every block where rows consist of whole blocks, else that of every element."""
-    columns, size = _batches.rows_and_columns(theta.shape)[1], blockwise8bit.BLOCK
-    if columns % size == 0 and (span.stop - span.start) // size > 1:
-        return spread(coefficient, columns // size, Span(span.start // size, span.stop // size)).unsqueeze(-1)
-    flat = spread(coefficient, columns, span).contiguous()
-    return Window(flat, Span(0, flat.numel()), size).values

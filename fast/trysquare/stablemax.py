@@ -69,6 +69,8 @@ def stablemax_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     r"""Cross-entropy of StableMax: `torch.nn.functional.cross_entropy` with another softmax.
 
@@ -89,6 +91,8 @@ def stablemax_cross_entropy(
         ignore_index: targets with this index do not count.
         reduction: "mean", "sum" or "none".
         label_smoothing: $\alpha$ in [0, 1].
+        backend: "auto" takes Triton kernels for class indices on a GPU that has Triton, else "eager"; "triton" asks for
+            them. Inside of a `torch.compile` there is nothing to choose: the eager operations are traced.
 
     Returns:
         A 0-dim tensor; for reduction "none" one loss for each position. Probabilities, and weights beside them, get
@@ -96,8 +100,11 @@ def stablemax_cross_entropy(
 
     Raises:
         TypeError, ValueError, RuntimeError, NotImplementedError, IndexError: as `F.cross_entropy`, naming the argument,
-            its value and what is allowed. A class index out of range is an IndexError on the CPU and an assertion on a
-            GPU, so that the host need not wait.
+            its value and what is allowed. A class index out of range is an IndexError on the CPU. The host does not
+            wait for a GPU to look: kernels make the loss and the gradient of that position NaN; torch's operations,
+            which are the eager loss and look up weights for "mean", stop with an assertion.
+        ImportError, ValueError: ``backend="triton"`` cannot be met: Triton is not installed, there is no GPU for it, or
+            the target holds probabilities, for which there are no kernels.
 
     Example:
         >>> logits = torch.zeros(2, 3, requires_grad=True)
@@ -110,7 +117,9 @@ def stablemax_cross_entropy(
     References:
         Prieto et al. 2025, Grokking at the Edge of Numerical Stability, arXiv 2501.04697.
     """
+    _cross_entropy.check_backend(backend)
     _cross_entropy.check(input, target, weight, ignore_index, reduction, label_smoothing)
+    chosen = _cross_entropy.chosen_backend(backend, input, target)
     floats = [t for t in (input, target, weight) if t is not None and t.is_floating_point()]
     result = _result_dtype(*floats)
     dtype = _arithmetic(result)
@@ -120,7 +129,7 @@ def stablemax_cross_entropy(
         divisor: Tensor | int = losses.numel()
     else:
         y = target.long().view(x.shape[:1] + x.shape[2:])
-        losses = _stablemax_autograd.index_losses(x, y, weight, ignore_index, label_smoothing, dtype)
+        losses = _stablemax_autograd.index_losses(x, y, weight, ignore_index, label_smoothing, dtype, chosen)
         divisor = _total_weight(y, weight, ignore_index, dtype) if reduction == "mean" else 1
     if reduction == "none":
         return losses.squeeze(0).to(result) if input.ndim == 1 else losses.to(result)
@@ -136,6 +145,10 @@ class StableMaxCrossEntropyLoss(torch.nn.Module):
         ignore_index: targets with this index do not count.
         reduction: "mean", "sum" or "none".
         label_smoothing: from 0 to 1.
+        backend: "auto", "eager" or "triton".
+
+    Raises:
+        TypeError, ValueError, RuntimeError, ImportError: one of these settings cannot be meant, or met.
 
     Example:
         >>> loss = StableMaxCrossEntropyLoss(label_smoothing=0.1)
@@ -151,23 +164,26 @@ class StableMaxCrossEntropyLoss(torch.nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
+        *,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
+        _cross_entropy.check_backend(backend)
         _cross_entropy.check_settings(ignore_index, reduction, label_smoothing)
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.label_smoothing = label_smoothing
+        self.backend = backend
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:  # noqa: A002  # torch's name for it
         """The loss of these logits; shapes as in `stablemax_cross_entropy`."""
-        return stablemax_cross_entropy(
-            input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing
-        )
+        settings = self.ignore_index, self.reduction, self.label_smoothing
+        return stablemax_cross_entropy(input, target, self.weight, *settings, backend=self.backend)
 
     def extra_repr(self) -> str:
         """What differs from the defaults, for `print`."""
-        settings = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
+        settings = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0, "backend": "auto"}
         return ", ".join(f"{k}={getattr(self, k)!r}" for k, default in settings.items() if getattr(self, k) != default)
 
 

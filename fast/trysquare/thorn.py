@@ -57,8 +57,8 @@ class THORN(Release):
         betas: $(\beta_1, \beta_2)$ in [0, 1). Matrices: momentum, and mean square of rows (0: rows stay as they
             are, and no $v$ is kept). Others: 0 evaluates the mean of $z$, towards 1 trains at the mean itself; second
             moment. $\beta_1$ of a schedule-free group cannot change after its first step.
-        weight_decay: cautious decay $\lambda$. For a matrix it stands inside the scaled update: its weights decay
-            $\rho\sqrt{\max(R, C)}$ times as fast as AdamW's $\lambda$ says.
+        weight_decay: cautious decay $\lambda$, a float or a 0-dim tensor. For a matrix it stands inside the scaled
+            update: its weights decay $\rho\sqrt{\max(R, C)}$ times as fast as AdamW's $\lambda$ says.
         rectify: multiply updates by RAdam's rectification, which leaves out the first four steps or so.
         target_rms: $\rho$, root mean square of a matrix's update over $\eta$; 0: the scale
             $\sqrt{\max(1, R/C)}$ of Muon instead.
@@ -77,11 +77,14 @@ class THORN(Release):
             this step, without a synchronisation, and counts it (`skipped_steps`); ``"raise"`` raises.
         workspace_bytes: bound on the scratch memory of one call of an update. A matrix cannot be cut: one that is
             larger takes a few times its own size. None: chosen by measurement for each kind of device.
-        backend: ``"eager"``, ``"compiled"`` (the updates through `torch.compile`) or ``"auto"``: eager, unless the
-            environment variable ``THORN_COMPILE`` is 1 where the optimizer is made.
+        backend: ``"eager"``, ``"compiled"`` (the updates through `torch.compile`), ``"triton"`` (kernels for NVIDIA and
+            AMD GPUs) or ``"auto"``: Triton on a GPU where it is installed, unless the environment variable
+            ``THORN_DISABLE_TRITON`` is 1, else eager; compiled if ``THORN_COMPILE`` is 1 where the optimizer is made.
 
     Raises:
         TypeError, ValueError: names the argument or parameter, its value and what is allowed; nothing has changed.
+        ImportError: ``backend="triton"`` without that package.
+        RuntimeError: a kernel cannot be compiled, found before anything moves.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 5))
@@ -101,7 +104,7 @@ class THORN(Release):
     _constraints: ClassVar[Mapping[str, Constraint]] = {
         "lr": Number(tensor=True),
         "betas": Pair(Number(high=1.0)),
-        "weight_decay": Number(),
+        "weight_decay": Number(tensor=True),
         "rectify": Flag(),
         "target_rms": Number(),
         "none_grad": Flag(),
@@ -129,7 +132,7 @@ class THORN(Release):
         params: nn.Module | Iterable[dict[str, Any]],
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.95, 0.95),
-        weight_decay: float = 0.1,
+        weight_decay: float | Tensor = 0.1,
         *,
         rectify: bool = False,
         target_rms: float = 0.2,
@@ -246,6 +249,10 @@ class THORN(Release):
         shape = " x ".join(map(str, [*batch, rows, columns]))
         size = ops.scale(rows, columns, group["target_rms"]) if rows * columns else 0.0
         products = f"{chosen.form} form in {str(chosen.matmul_dtype).removeprefix('torch.')}"
+        if self._chosen(parameter.device) == "triton":
+            from trysquare.kernels import _polar_choices
+
+            products += " " + _polar_choices.in_words(min(rows, columns), chosen.matmul_dtype, parameter.device)
         return f"orthogonalized as {shape}, rate x {size:.4g}, {products} ({reason})"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -256,10 +263,11 @@ class THORN(Release):
         self._refuse_eval_mode("step()")
         self._refuse_other_mode()
 
-    @property
-    def _chosen(self) -> str:
-        asked = self.backend == "auto" and self._asked_to_compile
-        return "compiled" if asked else _backend.choose(self.backend)
+    def _chosen(self, device: torch.device) -> str:
+        if self.backend == "auto" and self._asked_to_compile:
+            return "compiled"
+        chosen = _backend.choose(self.backend, device)
+        return "eager" if self.backend == "auto" and os.environ.get("THORN_DISABLE_TRITON") == "1" else chosen
 
 
 def _asked_to_compile() -> bool:

@@ -70,7 +70,7 @@ def test_arguments_of_the_32_bit_version_alone_are_refused(name: str) -> None:
 
 
 def test_triton_is_refused_and_not_replaced() -> None:
-    with pytest.raises(ValueError, match=r"backend='triton': DolphinFlow8bit has no Triton kernels"):
+    with pytest.raises((ValueError, ImportError), match=r"backend='triton': DolphinFlow8bit needs .*'eager'"):
         DolphinFlow8bit(parameters(SHAPES), backend="triton")
 
 

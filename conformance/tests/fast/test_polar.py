@@ -97,6 +97,27 @@ def test_symmetric_products_by_panels_stay_in_the_same_budget(shape: tuple[int, 
     assert judge(allowed(u, form, iters), to_array(factor(u, iters, form=form))).right
 
 
+@pytest.fixture(params=[1, 2])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products as on a CPU with AMX, of matrices that would be too small for it, with so many threads."""
+    monkeypatch.setattr(_symmetric, "by_tiles", lambda _: True)
+    monkeypatch.setattr(_symmetric, "GRAM_WIDTH", 4)
+    monkeypatch.setattr(_symmetric, "HALVED", range(9, 13))
+    monkeypatch.setattr(_symmetric, "SMALLEST", 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+
+
+@pytest.mark.usefixtures("tiles")
+@shapes
+@both_forms
+@pytest.mark.parametrize("iters", [1, 5, 13])
+def test_whole_products_and_halves_of_them_stay_in_the_same_budget(
+    shape: tuple[int, ...], form: str, iters: int
+) -> None:
+    u = normal(shape, 12)
+    assert judge(allowed(u, form, iters), to_array(factor(u, iters, form=form))).right
+
+
 def test_panels_are_for_large_matrices_on_a_cpu() -> None:
     assert _symmetric.pays(torch.empty(1, _symmetric.SMALLEST, 2000))
     assert not _symmetric.pays(torch.empty(1, _symmetric.SMALLEST - 1, 2000))

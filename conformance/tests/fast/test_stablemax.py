@@ -224,6 +224,7 @@ def test_the_module_is_the_function_and_moves_its_weight() -> None:
     assert list(module.state_dict()) == ["weight"]
     assert repr(module) == "StableMaxCrossEntropyLoss(ignore_index=7, reduction='sum', label_smoothing=0.1)"
     assert repr(StableMaxCrossEntropyLoss()) == "StableMaxCrossEntropyLoss()"
+    assert repr(StableMaxCrossEntropyLoss(backend="eager")) == "StableMaxCrossEntropyLoss(backend='eager')"
 
 
 def test_the_module_takes_the_place_of_the_one_in_torch() -> None:
@@ -258,3 +259,12 @@ def test_many_positions_and_classes_are_within_the_budget(dtype: str) -> None:
     allowed = measure(run, FLOAT32, dict.fromkeys(("loss", "gradient"), STORED[dtype]), seed=0, draws=8)
     assert judge(allowed["loss"], to_array(loss)).right
     assert judge(allowed["gradient"], to_array(g)).right
+
+
+def test_a_weight_of_zero_counts_nothing_even_where_the_loss_would_be_infinite() -> None:
+    x, weight = torch.tensor([[0.0, -torch.inf, 1.0]] * 2, dtype=torch.float64), torch.tensor([1.0, 0.0, 1.0]).double()
+    for smoothing in (0.0, 0.1):
+        options: dict[str, Any] = {"reduction": "none", "label_smoothing": smoothing}
+        found = stablemax_cross_entropy(x, torch.tensor([1, 0]), weight, **options)
+        expected = reference.cross_entropy(x.numpy(), torch.tensor([1, 0]).numpy(), weight.numpy(), **options)
+        assert_same(to_array(found), expected)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trysquare import StableMaxCrossEntropyLoss, log_stablemax, stablemax, stablemax_cross_entropy
+from trysquare import StableMaxCrossEntropyLoss, _backend, log_stablemax, stablemax, stablemax_cross_entropy
 
 X = torch.zeros(3, 4)
 Y = torch.tensor([0, 1, 2])
@@ -71,7 +71,15 @@ BAD = [
     bad("smoothing a boolean", TypeError, "label_smoothing=True", label_smoothing=True, stricter=True),
     bad("ignore_index a float", TypeError, "ignore_index=1.5", ignore_index=1.5),
     bad("ignore_index a boolean", TypeError, "ignore_index=True", ignore_index=True, stricter=True),
+    bad("unknown backend", ValueError, "backend='cuda': must be 'auto', 'eager' or 'triton'", backend="cuda"),
+    bad("compiled backend", ValueError, "backend='compiled': must be", backend="compiled"),
+    bad("no backend", ValueError, "backend=None", backend=None),
+    bad("backend a list", ValueError, r"backend=\['triton'\]", backend=["triton"]),
 ]  # fmt: skip
+
+
+OF_TORCH_TOO = [one for one in BAD if not one.stricter and "backend" not in dict(one.options)]
+SETTINGS = [{"reduction": "average"}, {"label_smoothing": 2.0}, {"ignore_index": "a"}, {"backend": "fastest"}]
 
 
 @pytest.mark.parametrize("one", BAD, ids=lambda one: one.name)
@@ -80,7 +88,7 @@ def test_bad_input_is_named(one: Bad) -> None:
         stablemax_cross_entropy(one.input, one.target, **dict(one.options))
 
 
-@pytest.mark.parametrize("one", [one for one in BAD if not one.stricter], ids=lambda one: one.name)
+@pytest.mark.parametrize("one", OF_TORCH_TOO, ids=lambda one: one.name)
 def test_the_exception_is_the_one_of_torch(one: Bad) -> None:
     def attempt() -> Tensor:
         return F.cross_entropy(one.input, one.target, **dict(one.options))
@@ -108,7 +116,34 @@ def test_the_functions_name_what_they_refuse(function: Any) -> None:
         function(X, 2)
 
 
-@pytest.mark.parametrize("settings", [{"reduction": "average"}, {"label_smoothing": 2.0}, {"ignore_index": "a"}])
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_the_module_refuses_its_settings_when_it_is_made(settings: dict[str, Any]) -> None:
     with pytest.raises((ValueError, RuntimeError, TypeError), match=next(iter(settings))):
         StableMaxCrossEntropyLoss(**settings)
+
+
+def test_triton_is_refused_and_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused = r"backend='triton': stablemax_cross_entropy needs .*'auto' or 'eager'"
+    for ask in (lambda: StableMaxCrossEntropyLoss(backend="triton"), lambda: loss_by_kernels(Y)):
+        with pytest.raises((ValueError, ImportError), match=refused):
+            ask()
+
+
+def test_triton_needs_the_logits_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_backend, "check", lambda *_: None)
+    with pytest.raises(ValueError, match=r"input is on cpu and backend='triton': .*GPUs; use 'auto' or 'eager'"):
+        loss_by_kernels(Y)
+
+
+def test_triton_has_no_kernel_for_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "only_recorded", True)
+    monkeypatch.setattr(_backend, "check", lambda *_: None)
+    with pytest.raises(ValueError, match=r"backend='triton': target holds class probabilities.*'auto' or 'eager'"):
+        loss_by_kernels(P)
+
+
+def loss_by_kernels(target: Tensor) -> Tensor:
+    return stablemax_cross_entropy(X, target, backend="triton")

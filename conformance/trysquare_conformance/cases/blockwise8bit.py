@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,8 +161,7 @@ def _coded_fast(case: Case, x: Array, lane: Lane) -> Outputs:
     signed = case.hyperparameters["signed"]
     window = Window(to_tensor(x, "float32").to(lane.device), Span(0, x.size), BLOCK)
     bounds = ops.boundaries(ops.dynamic_map(signed, torch.device(lane.device)))
-    quantize = ops.quantize_signed if signed else ops.quantize_unsigned
-    codes, absmax = _backend.run(lane.backend, quantize, window.values, bounds)
+    codes, absmax = _run(lane, "quantize_signed" if signed else "quantize_unsigned", window.values, bounds)
     found = to_array(codes).reshape(-1)[: x.size]
     s = reference.scaled(x, reference.block_absmax(x))
     outputs = {
@@ -177,15 +177,24 @@ def _decoded(codes: reference.Codes, absmax: Array, signed: bool, wrap: Wrap) ->
 
 def _decoded_fast(codes: reference.Codes, absmax: Array, signed: bool, lane: Lane) -> Outputs:
     """By the fast code, or by bitsandbytes' own decoder in its lane."""
-    decode = ops.dequantize
-    if lane.backend == "bitsandbytes":
-        originals.bitsandbytes()
-        decode = _bitsandbytes.decoded
     window = Window(torch.from_numpy(codes).to(lane.device), Span(0, codes.size), BLOCK)
     scales = Window(to_tensor(absmax, "float32").to(lane.device), Span(0, absmax.size), 1)
     qmap = ops.dynamic_map(signed, torch.device(lane.device))
-    values = _backend.run(lane.backend, decode, window.values, scales.values, qmap)
+    values = _run(lane, "dequantize", window.values, scales.values, qmap)
     return {"values": to_array(values).reshape(-1)[: codes.size]}
+
+
+def _run(lane: Lane, name: str, *arguments: torch.Tensor) -> Any:
+    """A function of the format by the lane's backend; kernels count their launches themselves."""
+    if lane.backend == "triton":
+        from trysquare.kernels import blockwise8bit as kernels
+
+        return getattr(kernels, name)(*arguments)
+    function = getattr(ops, name)
+    if lane.backend == "bitsandbytes" and name == "dequantize":
+        originals.bitsandbytes()
+        function = _bitsandbytes.decoded
+    return _backend.run(lane.backend, function, *arguments)
 
 
 SUBJECT = Blockwise8bitSubject()

@@ -60,6 +60,10 @@ SHAPES: tuple[Shapes, ...] = (
     SEVERAL,
 )
 """Tall beside a bias, wide, square, prime, 1×N and N×1, vector and scalar, convolutions, empty beside not, many."""
+LONG_ROWS: Shapes = ((2, 16_500),)
+"""Too long for one program, and longer than the part of a row whose products one program forms."""
+SHORT_ROWS: Shapes = ((300, 9),)
+"""Many of them share a program, and the last of them leave a part of one empty."""
 
 RULES: dict[str, tuple[Any, ...]] = {
     "ortho_mode": ("vector", "matrix", None),
@@ -109,6 +113,10 @@ HOSTILE: dict[str, tuple[Any, ...]] = {
     "steps": (2,),
 }
 COMPILED_LAST = ("compiled-*", "exhaustive")
+INTERPRETED_LATER = ("triton-interpreter", "standard")
+"""A program of a kernel takes Triton's interpreter about a millisecond."""
+
+INTERPRETED_LAST = ("triton-interpreter", "exhaustive")
 
 
 def case(tier: str, *late: tuple[str, str], **choice: Any) -> Case:
@@ -139,22 +147,36 @@ def quick() -> Iterator[Case]:
     yield case("quick", **core, ortho_mode="matrix")
     yield case("quick", **core, dtype="bfloat16")
     yield case("quick", shapes=SEVERAL, inputs="missing", steps=3)
-    yield case("quick", shapes=((31, 37),), loss_aware_schedule=True, tensor_lr=True, weight_decay=0.5, steps=12)
-    yield case("quick", shapes=((12, 10),), steps=MANY_STEPS)
+    later = {"loss_aware_schedule": True, "tensor_lr": True, "weight_decay": 0.5, "steps": 12}
+    yield case("quick", INTERPRETED_LATER, shapes=((31, 37),), **later)
+    yield case("quick", INTERPRETED_LAST, shapes=((12, 10),), steps=MANY_STEPS)
     for kind in ("parallel", "zero-rows", "many-scales", "domain-edge", "gradient-1e30", "zero-gradient", "nan", "inf"):
         yield case("quick", inputs=kind, shapes=SMALL, weight_decay=0.1, lr=1e-2)
     for kind, policy in product(("nan", "inf"), ("skip", "raise")):
         yield case("quick", inputs=kind, nonfinite=policy, shapes=SMALL, steps=2)
     yield from (case("quick", COMPILED_LAST, **choice) for choice in _quick_eager(core))
+    yield from (case("quick", COMPILED_LAST, INTERPRETED_LATER, **choice) for choice in _quick_rest(core))
 
 
 def _quick_eager(core: Choice) -> Iterator[Choice]:
-    """The rest of the rules and dtypes, each of which would be a compilation of its own."""
-    yield {**core, "adaptive_lr": False}
+    """More rules and shapes, each of which would be a compilation of its own."""
     yield {**core, "project": "update"}
+    yield {**core, "ortho_mode": None}
+    yield {**core, "adaptive_lr": False}
+    yield {"shapes": LONG_ROWS}
+    yield {"shapes": LONG_ROWS, "project": "update", "adaptive_lr": False}
+    yield {"shapes": SHORT_ROWS}
+    yield {"shapes": ((31, 37),), "layout": "expanded"}
+    yield {"shapes": SEVERAL, "ortho_mode": "matrix", "bias_correction": False, "weight_decay": 0.1, "steps": 2}
+    yield {"shapes": SMALL, "ortho_mode": "matrix", "inputs": "zero-gradient"}
+    plain = {"gradient_clipping": None, "momentum": 0.0, "beta2": 0.5, "eps": 1e-3, "layout": "transposed"}
+    yield {**core, **plain}
+
+
+def _quick_rest(core: Choice) -> Iterator[Choice]:
+    """The rest of the rules and dtypes."""
     yield {**core, "project": "update", "adaptive_lr": False}
     yield {**core, "ortho_mode": "matrix", "adaptive_lr": False, "ns_steps": 5}
-    yield {**core, "ortho_mode": None}
     yield {**core, "ortho_mode": None, "adaptive_lr": False}
     yield {**core, "dtype": "float16"}
     yield {**core, "dtype": "float64"}
@@ -163,10 +185,6 @@ def _quick_eager(core: Choice) -> Iterator[Choice]:
     yield {**core, "dtype": "bfloat16", "ortho_mode": "matrix"}
     yield {"shapes": SEVERAL, "inputs": "missing", "workspace_bytes": SMALL_WORKSPACE, "steps": 2}
     yield {"shapes": SEVERAL, "second_group": SECOND_GROUP, "gradient_clipping": 0.05, "steps": 2}
-    yield {"shapes": SEVERAL, "ortho_mode": "matrix", "bias_correction": False, "weight_decay": 0.1, "steps": 2}
-    yield {"shapes": SMALL, "ortho_mode": "matrix", "inputs": "zero-gradient"}
-    plain = {"gradient_clipping": None, "momentum": 0.0, "beta2": 0.5, "eps": 1e-3, "layout": "transposed"}
-    yield {**core, **plain}
 
 
 def allowed(choice: Choice) -> bool:
@@ -188,11 +206,13 @@ def standard() -> tuple[Case, ...]:
     every_level = {"formula": formulas[:5], **NUMBERS}
     ordinary: list[Choice] = [{"formula": formula, "shapes": ((24, 40),)} for formula in formulas]
     ordinary += pairwise(every_level, allowed)
-    ordinary += pairwise({**every_level, "steps": (MANY_STEPS,)}, allowed, around="steps")
+    many_steps = pairwise({**every_level, "steps": (MANY_STEPS,)}, allowed, around="steps")
     hostile = pairwise(HOSTILE, allowed)
     return (
         *(case("standard", **choice.pop("formula"), **choice) for choice in ordinary),
+        *(case("standard", INTERPRETED_LAST, **choice.pop("formula"), **choice) for choice in many_steps),
         *(case("standard", COMPILED_LAST, **choice) for choice in hostile),
+        *(case("standard", COMPILED_LAST, shapes=LONG_ROWS, dtype=dtype) for dtype in ("bfloat16", "float64")),
     )
 
 

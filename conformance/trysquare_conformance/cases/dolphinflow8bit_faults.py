@@ -4,20 +4,26 @@ A function here is given the original and returns what takes its place; its name
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trysquare import _backend, _coded_state, _windows, dolphinflow8bit
+from trysquare import _backend, _coded_state, _coded_windows, _windows, dolphinflow8bit
 from trysquare.ops import blockwise8bit, clipping, decay, moments, polar, projection
 from trysquare.ops import dolphinflow8bit as ops
 from trysquare_conformance.planting import Planter
 
 Optimizer = dolphinflow8bit.DolphinFlow8bit
 EAGER = ("eager-*", "bitsandbytes-*")
-plant = Planter("dolphinflow8bit")
-FAULTS = plant.faults
+HERE = (*EAGER, "compiled-*")
+"""Where the tensor operations of the fast code run; kernels have faults of their own."""
+
+_planter = Planter("dolphinflow8bit")
+FAULTS = _planter.faults
+everywhere = partial(_planter, lanes=("*",))
+plant = partial(_planter, lanes=HERE)
 
 # Moments
 
@@ -58,7 +64,7 @@ def second_moment_of_magnitude(f: Any) -> Any:
     return lambda v, g, *rest: f(v, g.abs().sqrt(), *rest)
 
 
-@plant(dolphinflow8bit, "_corrections")
+@plant(_coded_windows, "corrections_of")
 def bias_of_the_first_uncorrected(f: Any) -> Any:
     """m̂ = m."""
 
@@ -69,7 +75,7 @@ def bias_of_the_first_uncorrected(f: Any) -> Any:
     return corrections
 
 
-@plant(dolphinflow8bit, "_corrections")
+@plant(_coded_windows, "corrections_of")
 def bias_of_the_second_uncorrected(f: Any) -> Any:
     """v̂ = v."""
 
@@ -80,7 +86,7 @@ def bias_of_the_second_uncorrected(f: Any) -> Any:
     return corrections
 
 
-@plant(dolphinflow8bit, "_corrections")
+@plant(_coded_windows, "corrections_of")
 def bias_of_the_step_before(f: Any) -> Any:
     """t − 1 where t belongs."""
     return lambda group, steps, dtype: f(group, (steps - 1).clamp(min=0.5), dtype)
@@ -145,13 +151,13 @@ def decay_after_update(_: Any) -> Any:
     return move
 
 
-@plant(dolphinflow8bit, "rate", lanes=EAGER)
+@plant(_coded_windows, "rate", lanes=EAGER)
 def loss_scale_ignored(_: Any) -> Any:
     """The loss schedule never lowers the rate."""
     return lambda group: group["lr"]
 
 
-@plant(dolphinflow8bit, "rate")
+@plant(_coded_windows, "rate")
 def rate_fixed(_: Any) -> Any:
     """The default rate."""
     return lambda _: 1e-4
@@ -166,7 +172,7 @@ def clip_ignored(_: Any) -> Any:
     return lambda norm, _: torch.ones_like(norm)
 
 
-@plant(Optimizer, "_move")
+@everywhere(Optimizer, "_move")
 def clip_each(f: Any) -> Any:
     """Each bucket is clipped by its own norm."""
     return lambda self, batches: [f(self, [batch]) for batch in batches] and None
@@ -196,7 +202,7 @@ def projected_twice_over(f: Any) -> Any:
     return lambda x, w, coefficient: f(x, w, 2 * coefficient)
 
 
-@plant(dolphinflow8bit, "_mode")
+@everywhere(_coded_windows, "mode_of")
 def projection_of_vectors(_: Any) -> Any:
     """Parameters of one dimension are projected too."""
     return lambda group, _: group["ortho_mode"]
@@ -234,7 +240,7 @@ def polar_of_norm_one(f: Any) -> Any:
 # Windows
 
 
-@plant(dolphinflow8bit, "spans", lanes=EAGER)
+@plant(_coded_windows, "spans", lanes=EAGER)
 def last_window_skipped(f: Any) -> Any:
     """The last window is left out where there are several."""
 
@@ -245,7 +251,7 @@ def last_window_skipped(f: Any) -> Any:
     return spans
 
 
-@plant(dolphinflow8bit, "spans", lanes=EAGER)
+@plant(_coded_windows, "spans", lanes=EAGER)
 def short_block_skipped(f: Any) -> Any:
     """The last block is left out where it ends early."""
 
@@ -268,7 +274,7 @@ def filled_with_code_zero(f: Any) -> Any:
     return lambda self, tensor, span, width, _=0: f(self, tensor, span, width)
 
 
-@plant(dolphinflow8bit, "spread", lanes=EAGER)
+@plant(_coded_windows, "spread", lanes=EAGER)
 def rows_out_of_step(f: Any) -> Any:
     """A window begins with the first row's coefficient."""
     return lambda values, width, span: f(values, width, _windows.Span(0, span.stop - span.start))
@@ -287,13 +293,13 @@ def first_of_a_bucket_for_all(f: Any) -> Any:
 # State
 
 
-@plant(_coded_state, "is_coded")
+@everywhere(_coded_state, "is_coded")
 def everything_coded(_: Any) -> Any:
     """Small tensors are coded too."""
     return lambda parameter: parameter.numel() > 0
 
 
-@plant(_coded_state, "is_coded")
+@everywhere(_coded_state, "is_coded")
 def nothing_coded(_: Any) -> Any:
     """Large tensors keep float32 moments."""
     return lambda _: False
@@ -333,7 +339,7 @@ def scales_not_written(_: Any) -> Any:
     return lambda codes, _, new, __: codes.copy_(new)
 
 
-@plant(Optimizer, "_move")
+@everywhere(Optimizer, "_move")
 def no_op(_: Any) -> Any:
     """The step does nothing."""
     return lambda *_: None
@@ -374,7 +380,7 @@ def absmax_of_the_block_before(f: Any) -> Any:
 # Backends
 
 
-@plant(_backend, "choose", lanes=("compiled-*", "bitsandbytes-*"))
+@plant(_backend, "choose", lanes=("compiled-*", "bitsandbytes-*", "triton-*"))
 def silently_eager(_: Any) -> Any:
     """Another backend was asked for and eager runs."""
     return lambda _: "eager"

@@ -11,9 +11,10 @@ from torch import Tensor
 from trysquare import dolphinflow
 from trysquare.ops import decay, moments, polar, projection
 from trysquare.ops import dolphinflow as ops
-from trysquare_conformance.planting import Planter
+from trysquare_conformance.planting import WITHOUT_KERNELS, Planter
 
-plant = Planter("dolphinflow")
+plant = Planter("dolphinflow", lanes=WITHOUT_KERNELS)
+EVERYWHERE = ("*",)
 FAULTS = plant.faults
 
 # Momentum
@@ -140,7 +141,7 @@ def bias_uncorrected(f: Any) -> Any:
     return lambda v, eps, _: f(v, eps, None)
 
 
-@plant(dolphinflow, "_rule")
+@plant(dolphinflow, "_rule", lanes=EVERYWHERE)
 def bias_corrected_anyway(f: Any) -> Any:
     """v̂ = v/(1−β₂ᵗ) although not bias_correction."""
     return lambda group, parameter: f(group, parameter)._replace(bias_correction=True)
@@ -310,19 +311,19 @@ def projection_restores_length(f: Any) -> Any:
     return subtract_
 
 
-@plant(dolphinflow, "_rule")
+@plant(dolphinflow, "_rule", lanes=EVERYWHERE)
 def projection_of_update(f: Any) -> Any:
     """The update projected instead of the gradient."""
     return lambda group, parameter: f(group, parameter)._replace(project="update")
 
 
-@plant(dolphinflow, "_rule")
+@plant(dolphinflow, "_rule", lanes=EVERYWHERE)
 def projection_of_gradient(f: Any) -> Any:
     """The gradient projected although project='update'."""
     return lambda group, parameter: f(group, parameter)._replace(project="gradient")
 
 
-@plant(dolphinflow, "_mode")
+@plant(dolphinflow, "_mode", lanes=EVERYWHERE)
 def projection_of_vectors(_: Any) -> Any:
     """Parameters of one dimension are projected too."""
     return lambda group, _: group["ortho_mode"]
@@ -333,7 +334,7 @@ def projection_of_vectors(_: Any) -> Any:
 
 def _with_coefficient(index: int, factor: float) -> Any:
     wrong = tuple(c * factor if i == index else c for i, c in enumerate(polar.MUON_COEFFICIENTS))
-    return lambda f: lambda x, _: f(x, wrong)
+    return lambda f: lambda x, _, *products: f(x, wrong, *products)
 
 
 for _index, _letter in enumerate("abc"):
@@ -341,43 +342,43 @@ for _index, _letter in enumerate("abc"):
 plant.add("polar-cubic", "the term in A² left out", polar, "quintic", _with_coefficient(2, 0.0))
 
 
-@plant(polar, "quintic")
+@plant(polar, "quintic", lanes=EVERYWHERE)
 def polar_other_gram(f: Any) -> Any:
     """XᵀX where XXᵀ belongs, which only a square matrix lets pass."""
 
-    def quintic(x: Tensor, abc: tuple[float, float, float]) -> Tensor:
+    def quintic(x: Tensor, abc: tuple[float, float, float], *products: Any) -> Tensor:
         gram = x.mT @ x
-        right: Tensor = f(x, abc)
+        right: Tensor = f(x, abc, *products)
         return abc[0] * x + (abc[1] * gram + abc[2] * (gram @ gram)) @ x if x.shape[-1] == x.shape[-2] else right
 
     return quintic
 
 
-@plant(polar, "quintic")
+@plant(polar, "quintic", lanes=EVERYWHERE)
 def polar_in_bfloat16(f: Any) -> Any:
     """Products in bfloat16."""
-    return lambda x, abc: f(x.bfloat16(), abc).to(x.dtype)
+    return lambda x, abc, *products: f(x.bfloat16(), abc, *products).to(x.dtype)
 
 
-@plant(polar, "newton_schulz")
+@plant(polar, "newton_schulz", lanes=EVERYWHERE)
 def polar_step_more(f: Any) -> Any:
     """One iteration too many."""
-    return lambda u, steps, eps: f(u, steps + 1, eps)
+    return lambda u, steps, eps, **products: f(u, steps + 1, eps, **products)
 
 
-@plant(polar, "newton_schulz")
+@plant(polar, "newton_schulz", lanes=EVERYWHERE)
 def polar_step_fewer(f: Any) -> Any:
     """One iteration too few."""
-    return lambda u, steps, eps: f(u, steps - 1, eps)
+    return lambda u, steps, eps, **products: f(u, steps - 1, eps, **products)
 
 
-@plant(polar, "newton_schulz")
+@plant(polar, "newton_schulz", lanes=EVERYWHERE)
 def polar_of_unit_norm(f: Any) -> Any:
     """The norm is not put back."""
     return lambda u, steps, eps: f(u, steps, eps) / u.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=1e-30)
 
 
-@plant(polar, "newton_schulz")
+@plant(polar, "newton_schulz", lanes=EVERYWHERE)
 def polar_norm_of_batch(_: Any) -> Any:
     """One norm for all matrices of a batch."""
 
@@ -391,7 +392,7 @@ def polar_norm_of_batch(_: Any) -> Any:
     return newton_schulz
 
 
-@plant(polar, "newton_schulz")
+@plant(polar, "newton_schulz", lanes=EVERYWHERE)
 def polar_of_zero(f: Any) -> Any:
     """A zero update is normalised: 0/0."""
     return lambda u, steps, _: f(u, steps, -1.0)

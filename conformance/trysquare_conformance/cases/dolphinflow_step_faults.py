@@ -9,13 +9,14 @@ from trysquare import _backend, _batches, dolphinflow
 from trysquare._optimizer import BatchedOptimizer
 from trysquare.ops import clipping, decay, loss_schedule
 from trysquare.ops import dolphinflow as ops
-from trysquare_conformance.planting import Planter
+from trysquare_conformance.planting import WITHOUT_KERNELS, Planter
 from trysquare_conformance.snapshots import to_array
 from trysquare_reference import dolphinflow as reference
 
 Optimizer = dolphinflow.DolphinFlow
 COMPILED = ("compiled-*",)
-plant = Planter("dolphinflow")
+EVERYWHERE = ("*",)
+plant = Planter("dolphinflow", lanes=WITHOUT_KERNELS)
 FAULTS = plant.faults
 
 # Clipping
@@ -51,7 +52,7 @@ def clip_silent_zero(_: Any) -> Any:
     return lambda norm, max_norm: (max_norm / (norm + clipping.MARGIN)).clamp(max=1.0).nan_to_num(0.0)
 
 
-@plant(Optimizer, "_move")
+@plant(Optimizer, "_move", lanes=EVERYWHERE)
 def clip_each(f: Any) -> Any:
     """Each bucket is clipped by its own norm."""
     return lambda self, batches: [f(self, [batch]) for batch in batches] and None
@@ -67,10 +68,10 @@ def clip_in_place(_: Any) -> Any:
     return clipped
 
 
-@plant(Optimizer, "_gradient_norm")
+@plant(clipping, "total_norm")
 def clip_norm_in_float32(f: Any) -> Any:
     """The norm of float64 gradients in float32."""
-    return lambda *arguments: f(*arguments).float().double()
+    return lambda sums: f(sums).float().double()
 
 
 # Learning rate, schedule, groups
@@ -146,13 +147,13 @@ def rate_of_first_group(f: Any) -> Any:
 # Batches
 
 
-@plant(Optimizer, "_move")
+@plant(Optimizer, "_move", lanes=EVERYWHERE)
 def no_op(_: Any) -> Any:
     """The step does nothing."""
     return lambda *_: None
 
 
-@plant(Optimizer, "_move")
+@plant(Optimizer, "_move", lanes=EVERYWHERE)
 def copied_reference(_: Any) -> Any:
     """The answer is right, because the reference itself computes it."""
 
@@ -187,7 +188,7 @@ def step_counted_twice(f: Any) -> Any:
     return lambda *arguments: (f(*arguments), f(*arguments))
 
 
-@plant(BatchedOptimizer, "_batches")
+@plant(BatchedOptimizer, "_batches", lanes=EVERYWHERE)
 def gradient_of_neighbour(f: Any) -> Any:
     """A missing gradient shifts those of its bucket by one."""
 
@@ -225,7 +226,7 @@ def last_member_skipped(_: Any) -> Any:
 # Precision
 
 
-@plant(Optimizer, "_layout")
+@plant(Optimizer, "_layout", lanes=EVERYWHERE)
 def state_in_parameter_dtype(f: Any) -> Any:
     """The state of bfloat16 parameters in bfloat16."""
 
@@ -263,7 +264,7 @@ def skip_moves(_: Any) -> Any:
     return lambda *_: None
 
 
-@plant(BatchedOptimizer, "_refuse_nonfinite")
+@plant(BatchedOptimizer, "_refuse_nonfinite", lanes=EVERYWHERE)
 def raise_lets_pass(_: Any) -> Any:
     """A gradient that is not finite does not raise."""
     return lambda *_: None

@@ -71,6 +71,9 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "layout": tuple(inputs.LAYOUTS),
     "inputs": tuple(LOGITS),
 }
+NO_KERNEL = ("eager-*", "compiled-*")
+"""The lanes of values and of class probabilities, for which there are no Triton kernels."""
+
 COMPILED_LATER = ("compiled-*", "standard")
 COMPILED_LAST = ("compiled-*", "exhaustive")
 
@@ -81,6 +84,7 @@ def case(tier: str, *late: tuple[str, str], **choice: Any) -> Case:
     place |= {name: choice.pop(name) for name in list(choice) if name in place}
     shapes = (choice.pop("shape", MATRIX),)
     settings = {**DEFAULTS, **choice}
+    has_kernel = settings["function"] == "cross-entropy" and settings["target"] == "index"
     return Case(
         "stablemax",
         _name(settings, place, shapes),
@@ -89,6 +93,7 @@ def case(tier: str, *late: tuple[str, str], **choice: Any) -> Case:
         steps=1,
         tier=tier,
         late=late,
+        lanes=("*",) if has_kernel else NO_KERNEL,
         **place,
     )
 
@@ -140,6 +145,7 @@ def _quick_eager() -> Iterator[Choice]:
     yield {"weight": "some-zero", "inputs": "masked-target", "label_smoothing": 0.1}
     yield {"weight": "some-zero", "inputs": "masked", "target": "probabilities"}
     yield {**every, "block": SMALL_BLOCK, "shape": (5, 7, 4), "layout": "transposed"}
+    yield {**every, "block": SMALL_BLOCK, "shape": (7, 31), "reduction": "none"}
     yield {"target": "probabilities", "weight": "gaussian", "block": SMALL_BLOCK, "shape": (4, 6, 3, 2)}
     yield from ({**every, "shape": shape} for shape in SHAPES)
     for function in ("stablemax", "log-stablemax"):
@@ -244,7 +250,7 @@ def fast_loss(case: Case, feed: Feed, lane: Lane) -> Outputs:
         weight.requires_grad_()
     leaves = {"gradient": x, **({} if indices else {"target_gradient": target})}
     leaves |= {"weight_gradient": weight} if weight is not None and not indices else {}
-    with _blocks_of(case.hyperparameters["block"]):
+    with _blocks_of(case.hyperparameters["block"]), _tiles_of(case.hyperparameters["block"], lane):
         loss = _run(lane, cross_entropy, x, target, weight, *_arguments(case).values())
         g = to_tensor(feed.g, case.dtype).to(lane.device)
         gradients = torch.autograd.grad(loss, list(leaves.values()), g)
@@ -271,11 +277,11 @@ def fast_values(case: Case, feed: Feed, lane: Lane) -> Outputs:
     return {"values": to_array(values), "gradient": to_array(gradient)}
 
 
-def cross_entropy(*arguments: Any) -> torch.Tensor:
+def cross_entropy(*arguments: Any, backend: str = "auto") -> torch.Tensor:
     """The fast loss, looked up when it is called; also what a compiled lane compiles."""
     import trysquare
 
-    return trysquare.stablemax_cross_entropy(*arguments)
+    return trysquare.stablemax_cross_entropy(*arguments, backend=backend)
 
 
 def stablemax(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -293,11 +299,12 @@ def log_stablemax(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _run(lane: Lane, function: Any, *arguments: Any) -> torch.Tensor:
-    """Call as the lane does. The eager functions count their own calls, a compiled one is counted here."""
+    """Call as the lane does. Eager functions and kernels count their own calls, a compiled one is counted here."""
     from trysquare import _backend
 
-    if lane.backend == "eager":
-        return function(*arguments)  # type: ignore[no-any-return]
+    if lane.backend in {"eager", "triton"}:
+        asked = {"backend": lane.backend} if function is cross_entropy else {}  # values are eager, or traced
+        return function(*arguments, **asked)  # type: ignore[no-any-return]
     _backend.calls[lane.backend, function.__name__] += 1
     return _compiled(function, *map(_kind, arguments))(*arguments)  # type: ignore[no-any-return]
 
@@ -329,6 +336,24 @@ def _blocks_of(elements: int | None) -> Iterator[None]:
         yield
     finally:
         _blocks.CPU_ELEMENTS, _blocks.DEVICE_ELEMENTS = before
+
+
+@contextmanager
+def _tiles_of(elements: int | None, lane: Lane) -> Iterator[None]:
+    """As long as it lasts, kernels hold about as many logits at a time, and cut rows of a few tiles into parts."""
+    if elements is None or lane.backend != "triton":
+        yield
+        return
+    from trysquare.kernels import stablemax as kernels
+
+    before = kernels.TILE, kernels.TILES, kernels.ACROSS
+    kernels.TILE, kernels.TILES, kernels.ACROSS = 1 << elements.bit_length() - 3, 2, 4
+    kernels.PROGRAMS, programs = 2, kernels.PROGRAMS
+    try:
+        yield
+    finally:
+        kernels.TILE, kernels.TILES, kernels.ACROSS = before
+        kernels.PROGRAMS = programs
 
 
 def _check_kept(x: torch.Tensor, before: Array) -> None:

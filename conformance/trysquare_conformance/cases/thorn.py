@@ -66,6 +66,7 @@ POLICIES = ("propagate", "skip", "raise")
 ORDINARY = ("gaussian", "parallel", "rank-one", "sparse", "missing")
 BEYOND = ("gradient-1e200",)  # its norm is infinite even in float64, where the specification says nothing
 COMPILED_LAST = ("compiled-*", "exhaustive")
+INTERPRETED_LATER, INTERPRETED_LAST = ("triton-interpreter", "standard"), ("triton-interpreter", "exhaustive")
 
 FORMULAS: dict[str, tuple[Any, ...]] = {
     "kind": tuple(KINDS),
@@ -161,7 +162,8 @@ def quick() -> Iterator[Case]:
     for kind in ("ortho", "free", "adam"):
         yield case("quick", **{**(ortho if kind == "ortho" else free), "kind": kind, "release": 2, "steps": 5})
     for choice in _rules(ortho, free):
-        yield case("quick", *([COMPILED_LAST] if _recompiles(choice) else []), **choice)
+        late = [COMPILED_LAST] * _recompiles(choice) + [INTERPRETED_LATER] * _takes_long(choice)
+        yield case("quick", *late, **choice)
 
 
 def _recompiles(choice: Choice) -> bool:
@@ -170,6 +172,13 @@ def _recompiles(choice: Choice) -> bool:
     return (
         not static.isdisjoint(choice) or choice.get("dtype", "float32") != "float32" or 0.0 in choice.get("betas", ())
     )
+
+
+def _takes_long(choice: Choice) -> bool:
+    """Whether Triton's interpreter takes seconds: for every launch of every bucket it takes milliseconds."""
+    buckets = choice.get("family") == "several" or choice["kind"] == "model"
+    products = choice["kind"] == "ortho" and choice.get("family") == "pair" and choice["steps"] > 1
+    return buckets or products or choice["steps"] > 6
 
 
 def _rules(ortho: Choice, free: Choice) -> Iterator[Choice]:
@@ -198,6 +207,7 @@ def _rules(ortho: Choice, free: Choice) -> Iterator[Choice]:
         yield {"kind": kind, "family": family, "lr": 1e-2, "release": rate, "steps": steps, "view": kind == "free"}
     yield {"kind": "ortho", "family": "tall", "release": 2, "rectify": True, "betas": (0.95, 0.99), "steps": 10}
     yield {"kind": "free", "family": "small", "release": 4, "rectify": True, "betas": (0.9, 0.99), "steps": 8}
+    yield {"kind": "free", "family": "small", "rectify": True, "betas": (0.9, 0.99), "steps": 2}
     yield {"kind": "free", "family": "small", "release": 2, "dtype": "bfloat16", "steps": 4, "view": True}
     model = {"kind": "model", "lr": 1e-2, "steps": 2, "shapes": ((12, 10), (7,), (6, 4, 3, 3), (12, 10), ())}
     yield {**model, "view": True}
@@ -275,10 +285,23 @@ def standard() -> tuple[Case, ...]:
     everything = pairwise({**FORMULAS, **NUMBERS}, allowed)
     hostile = pairwise(HOSTILE, allowed)
     return (
-        *(case("standard", **choice, family="pair", steps=2) for choice in formulas),
-        *(case("standard", COMPILED_LAST, **choice) for choice in (*everything, *hostile)),
-        *(case("standard", COMPILED_LAST, **choice) for choice in _long(formulas)),
+        *(case("standard", *_by_kind(choice), **choice, family="pair", steps=2) for choice in formulas),
+        *(case("standard", COMPILED_LAST, INTERPRETED_LAST, **choice) for choice in everything),
+        *(case("standard", COMPILED_LAST, *_by_kind(choice), **choice) for choice in hostile),
+        *(case("standard", COMPILED_LAST, INTERPRETED_LAST, **choice) for choice in _long(formulas)),
     )
+
+
+def _by_kind(choice: Choice) -> list[tuple[str, str]]:
+    """Which cases Triton's interpreter leaves out.
+
+    It is given half of those without products, and of those with products the hostile inputs in float32 that are
+    stepped in one piece.
+    """
+    if choice["kind"] in {"free", "adam"}:
+        return [INTERPRETED_LAST] * bool(choice["rectify"] if "rectify" in choice else choice["release"])
+    hostile = "inputs" in choice and choice["dtype"] == "float32" and not choice["release"]
+    return [] if hostile else [INTERPRETED_LAST]
 
 
 def _long(formulas: Sequence[Choice]) -> Iterator[Choice]:

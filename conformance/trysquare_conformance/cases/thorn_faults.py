@@ -13,9 +13,9 @@ from trysquare import _thorn_steps
 from trysquare._thorn_steps import Steps
 from trysquare.ops import decay, moments, polar, polar_express, rectification, row_norm
 from trysquare.ops import thorn as ops
-from trysquare_conformance.planting import Planter
+from trysquare_conformance.planting import WITHOUT_KERNELS, Planter
 
-plant = Planter("thorn")
+plant = Planter("thorn", lanes=WITHOUT_KERNELS)
 FAULTS = plant.faults
 
 # Momentum
@@ -146,15 +146,15 @@ def lower_bound_ignored(f: Any) -> Any:
 @plant(polar, "normalized")
 def safety_not_in_norm(f: Any) -> Any:
     """X = u/‖u‖."""
-    return lambda u, _, eps: f(u, 0.0, eps)
+    return lambda u, _, *rest: f(u, 0.0, *rest)
 
 
 @plant(polar, "normalized")
 def norm_plus_eps(_: Any) -> Any:
     """X = u/((1 + safety)‖u‖ + ε), so that small updates come out smaller."""
 
-    def normalized(u: Tensor, safety_factor: float, eps: float) -> Tensor:
-        return u / ((1 + safety_factor) * u.square().sum((-2, -1), keepdim=True).sqrt() + eps)
+    def normalized(u: Tensor, safety_factor: float, eps: float, dtype: torch.dtype) -> Tensor:
+        return (u / ((1 + safety_factor) * u.square().sum((-2, -1), keepdim=True).sqrt() + eps)).to(dtype)
 
     return normalized
 
@@ -162,21 +162,21 @@ def norm_plus_eps(_: Any) -> Any:
 @plant(polar, "normalized")
 def norm_unbounded(f: Any) -> Any:
     """0/0 for a zero update."""
-    return lambda u, safety_factor, eps: f(u, safety_factor, eps) if u.any() else u / 0.0
+    return lambda u, *rest: f(u, *rest) if u.any() else (u / 0.0).to(rest[-1])
 
 
 @plant(polar, "normalized")
 def norm_of_batch(f: Any) -> Any:
     """One norm for all matrices of a batch."""
-    return lambda u, safety_factor, eps: f(u.flatten(0, 1).unsqueeze(0), safety_factor, eps).view(u.shape)
+    return lambda u, *rest: f(u.flatten(0, 1).unsqueeze(0), *rest).view(u.shape)
 
 
 @plant(polar, "normalized")
 def norm_of_rows(_: Any) -> Any:
     """Each row by its own length."""
 
-    def normalized(u: Tensor, safety_factor: float, eps: float) -> Tensor:
-        return u / ((1 + safety_factor) * u.square().sum(-1, keepdim=True).sqrt().clamp(min=eps))
+    def normalized(u: Tensor, safety_factor: float, eps: float, dtype: torch.dtype) -> Tensor:
+        return (u / ((1 + safety_factor) * u.square().sum(-1, keepdim=True).sqrt().clamp(min=eps))).to(dtype)
 
     return normalized
 
@@ -185,9 +185,9 @@ def norm_of_rows(_: Any) -> Any:
 def norm_in_float32(_: Any) -> Any:
     """The squares overflow."""
 
-    def normalized(u: Tensor, safety_factor: float, eps: float) -> Tensor:
+    def normalized(u: Tensor, safety_factor: float, eps: float, dtype: torch.dtype) -> Tensor:
         norm = u.float().square().sum((-2, -1), keepdim=True).sqrt().to(u.dtype)
-        return u / ((1 + safety_factor) * norm.clamp(min=eps))
+        return (u / ((1 + safety_factor) * norm.clamp(min=eps))).to(dtype)
 
     return normalized
 
@@ -218,7 +218,7 @@ def polar_transposed_back_wrongly(f: Any) -> Any:
 @plant(polar, "polar_factor")
 def polar_left_out(_: Any) -> Any:
     """u/‖u‖ is taken for it."""
-    return lambda u, _, safety, eps, *__: polar.normalized(u, safety, eps) * math.sqrt(min(u.shape[-2:]))
+    return lambda u, _, safety, eps, *__: polar.normalized(u, safety, eps, u.dtype) * math.sqrt(min(u.shape[-2:]))
 
 
 @plant(polar, "standard_form")

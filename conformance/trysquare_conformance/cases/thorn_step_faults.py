@@ -12,10 +12,10 @@ from trysquare._release import Release
 from trysquare._thorn_steps import Steps
 from trysquare.ops import moments, schedule_free
 from trysquare.ops import thorn as ops
-from trysquare_conformance.planting import Planter
+from trysquare_conformance.planting import WITHOUT_KERNELS, Planter
 
 COMPILED = ("compiled-*",)
-plant = Planter("thorn")
+plant = Planter("thorn", lanes=WITHOUT_KERNELS)
 FAULTS = plant.faults
 
 # Second moment

@@ -17,7 +17,8 @@ from trysquare_conformance.report import terminal as _terminal
 from trysquare_conformance.report.comparison import Comparison
 from trysquare_conformance.report.comparison import markdown as comparison_markdown
 from trysquare_conformance.report.comparison import show as show_comparison
-from trysquare_conformance.report.schema import SCHEMA, Result, SchemaError, dumps, load, plain, validate
+from trysquare_conformance.report.kernels import show as show_kernels
+from trysquare_conformance.report.schema import SCHEMA, KernelReport, Result, SchemaError, dumps, load, plain, validate
 
 __all__ = [
     "SCHEMA",
@@ -29,8 +30,10 @@ __all__ = [
     "comparison_markdown",
     "load",
     "show_comparison",
+    "show_kernels",
     "terminal",
     "write",
+    "write_kernels",
 ]
 
 Format = Literal["json", "markdown", "html", "junit"]
@@ -45,6 +48,12 @@ def write(result: Mapping[str, Any], path: Path, format: Format) -> None:  # noq
     text = _RENDER[format](validate(plain(result)))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_kernels(result: KernelReport, path: Path) -> None:
+    """Write what `trysquare kernels` found as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dumps(plain(result)), encoding="utf-8", newline="\n")
 
 
 def terminal(result: Mapping[str, Any], console: Console) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from trysquare_conformance.report import strip, summary, text
+from trysquare_conformance.report import kernels, strip, summary, text
 from trysquare_conformance.report.schema import Result
 
 HERE = Path(__file__).parent
@@ -35,6 +35,7 @@ def render(result: Result) -> str:
         box=strip,
         LINES=LINES,
         summary=summary,
+        kernels=kernels,
     )
 
 

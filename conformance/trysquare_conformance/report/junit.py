@@ -5,8 +5,8 @@ from datetime import datetime
 from xml.etree import ElementTree as ET
 from xml.etree.ElementTree import Element, SubElement
 
-from trysquare_conformance.report import summary
-from trysquare_conformance.report.schema import Lane, Result, Row
+from trysquare_conformance.report import kernels, summary
+from trysquare_conformance.report.schema import Kernel, Lane, Result, Row
 from trysquare_conformance.report.text import clean, clean_lines, figure, number
 
 # What could not be told is an error in JUnit's sense: the test ended without an answer, and the suite is not green.
@@ -18,6 +18,9 @@ def render(result: Result) -> str:
     suites = Element("testsuites")  # without attributes: one of the schemas in use knows none
     for identity, lane in enumerate(_lanes(result)):
         suites.append(_suite(lane, [row for row in result["results"] if row["lane"] == lane["name"]], identity, result))
+    compiled = result.get("kernels")
+    if compiled:
+        suites.append(_compilations(compiled, len(suites), result))
     ET.indent(suites)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(suites, encoding="unicode") + "\n"
 
@@ -42,12 +45,33 @@ def _suite(lane: Lane, rows: list[Row], identity: int, result: Result) -> Elemen
         SubElement(properties, "property", name=label, value=value)
     cases = [_case(row) for row in rows] if lane["status"] == "ran" or rows else [_not_run(lane)]
     suite.extend(cases)
-    suite.set("tests", str(len(cases)))
-    for key, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
-        suite.set(key, str(_count(cases, tag)))
+    _total(suite)
     SubElement(suite, "system-out").text = clean(lane["witness"] or "")
     SubElement(suite, "system-err")
     return suite
+
+
+def _compilations(compiled: list[Kernel], identity: int, result: Result) -> Element:
+    """A suite of all kernels that were compiled ahead of time."""
+    lane = Lane(name="kernels", device="", backend="", status="ran", reason=None, witness=None, seconds=0.0, cases=0)
+    suite = _suite(lane, [], identity, result)
+    for rank, kernel in enumerate(compiled):
+        case = Element("testcase", classname=clean(f"kernels.{kernel['algorithm']}"), time="0.000")
+        case.set("name", clean(f"{kernel['kernel']} {kernel['target']} {rank}"))
+        if kernel["status"] != "fits":
+            tag = "error" if kernel["status"] == "error" else "failure"
+            SubElement(case, tag, type=kernel["status"], message=kernels.problem(kernel))
+        suite.insert(1 + rank, case)
+    _total(suite)
+    return suite
+
+
+def _total(suite: Element) -> None:
+    """How many cases there are, and of each outcome."""
+    cases = suite.findall("testcase")
+    suite.set("tests", str(len(cases)))
+    for key, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
+        suite.set(key, str(_count(cases, tag)))
 
 
 def _count(cases: Iterable[Element], tag: str) -> int:

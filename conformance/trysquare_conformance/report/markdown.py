@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from trysquare_conformance.report import summary
+from trysquare_conformance.report import kernels, summary
 from trysquare_conformance.report.schema import Result, Row
 from trysquare_conformance.report.text import clean, clean_lines, count, duration, exact, figure, roundoff, typeset
 
@@ -16,8 +16,8 @@ _ACTIVE = re.compile(r"[\\`*\[\]<>#|~&@$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?
 
 def render(result: Result) -> str:
     """The report as text, the same for the same result."""
-    head, rest = [*_head(result)], [*_matrix(result), *_reasons(result), *_faults(result), *_budgets(result)]
-    rest += _machine(result)
+    head, rest = [*_head(result)], [*_matrix(result), *_reasons(result), *_faults(result)]
+    rest += [*_kernels(result), *_budgets(result), *_machine(result)]
     room = LIMIT - sum(len(part.encode()) for part in head + rest)
     return "\n".join([*head, *_failures(result, room), *rest])
 
@@ -142,6 +142,27 @@ def _faults(result: Result) -> Iterator[str]:
         for fault in summary.fault_list(entries):
             yield "- " + ", ".join([kind, code(fault.name), *(prose(t) for t in (fault.lane, fault.reason) if t)])
     yield ""
+
+
+def _kernels(result: Result) -> Iterator[str]:
+    found = result.get("kernels")
+    if found is None:
+        return
+    yield f"### Kernels\n\n{prose(kernels.sentence(found))}.\n"
+    across = [prose(target) for target in kernels.targets(found)]
+    lines = [
+        [code(line.kernel), prose(line.algorithm), str(line.forms), *map(_resources, line.cells)]
+        for line in kernels.lines(found)
+    ]
+    if lines:
+        yield table(["Kernel", "Algorithm", "Forms", *across], lines, 1 + len(across))
+        yield f"In a cell: {kernels.CAPTION}.\n"
+    yield from (f"- {prose(kernels.problem(kernel))}" for kernel in kernels.bad(found)[:CARDS])
+    yield ""
+
+
+def _resources(cell: kernels.Cell | None) -> str:
+    return "" if cell is None else f"{summary.MARK[cell.status]} {cell.text}"
 
 
 def _budgets(result: Result) -> Iterator[str]:

@@ -128,6 +128,23 @@ def result(rows: list[dict[str, Any]] | None = None, verdict: str = "right") -> 
             ],
             "missed": ["stale-scale"],
         },
+        "kernels": [kernel("sm_90"), kernel("sm_90", "spills"), kernel("gfx942"), kernel("gfx942", "error")],
+    }
+
+
+def kernel(target: str, status: str = "fits") -> dict[str, Any]:
+    """A kernel compiled ahead of time, or that could not be."""
+    failed = status == "error"
+    sizes = {"registers": 96, "shared": 4096, "local": 64 if status == "spills" else 0, "stack": 0, "spills": 0}
+    return {
+        "algorithm": "dolphinflow",
+        "configuration": "vector/gradient/fp32",
+        "kernel": "update_rows",
+        "constants": "PARAMETER=fp32, ROWS=1",
+        "target": target,
+        "status": status,
+        **{name: None if failed else size for name, size in sizes.items()},
+        "error": "CompilationError: no such instruction" if failed else None,
     }
 
 
@@ -157,7 +174,7 @@ def many(amount: int, bad: float = 0.05) -> dict[str, Any]:
 
 def hostile(value: Any) -> Any:
     """The same result with hostile text wherever the schema takes any text."""
-    fixed = {"right", "wrong", "error", "could not tell", "expected failure", "ran", "not run here"}
+    fixed = {"right", "wrong", "error", "could not tell", "expected failure", "ran", "not run here", "fits", "spills"}
     if isinstance(value, dict):
         return {key: hostile(entry) for key, entry in value.items()}
     if isinstance(value, list):

@@ -104,6 +104,27 @@ class Faults(TypedDict):
     missed: list[Any]
 
 
+class Kernel(TypedDict):
+    """One compilation of a kernel ahead of time, of a main configuration, for one kind of GPU.
+
+    `registers`, `local` and `stack` are of a thread (the last two in bytes), `shared` is bytes of a program, `spills`
+    counts registers that the compiler could not keep. "fits" says that there is nothing in local memory.
+    """
+
+    algorithm: str
+    configuration: str
+    kernel: str
+    constants: str
+    target: str
+    status: Literal["fits", "spills", "error"]
+    registers: int | None
+    shared: int | None
+    local: int | None
+    stack: int | None
+    spills: int | None
+    error: str | None
+
+
 class Result(TypedDict):
     """One run of `trysquare verify`."""
 
@@ -118,6 +139,18 @@ class Result(TypedDict):
     lanes: list[Lane]
     results: list[Row]
     faults: NotRequired[Faults | None]
+    kernels: NotRequired[list[Kernel] | None]
+
+
+class KernelReport(TypedDict):
+    """One run of `trysquare kernels`."""
+
+    schema: int
+    started: str
+    seconds: Number
+    command: str
+    machine: Machine
+    kernels: list[Kernel]
 
 
 class SchemaError(ValueError):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from trysquare_conformance.report import summary
+from trysquare_conformance.report import kernels, summary
 from trysquare_conformance.report.console import STYLE, command, hanging, mark, printed, remark, simple_table
 from trysquare_conformance.report.schema import Result, Row
 from trysquare_conformance.report.text import clean, count, duration, exact, figure, roundoff
@@ -120,6 +120,9 @@ def _remarks(result: Result, console: Console) -> None:
     faults = result.get("faults")
     if faults:
         remark("wrong" if faults["missed"] else "right", "faults", summary.fault_sentence(faults), console)
+    compiled = result.get("kernels")
+    if compiled is not None:
+        kernels.draw(compiled, console)
 
 
 def _verdict(result: Result, console: Console) -> None:

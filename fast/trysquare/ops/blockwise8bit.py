@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
+CODES = 256
 DECADES = 7
 SIGNED_ZERO, UNSIGNED_ZERO = 127, 0
 """The codes of 0, which a block of nothing but zeros is written with."""
@@ -56,11 +57,19 @@ def boundaries(qmap: Tensor) -> Tensor:
 
 def dequantize(codes: Tensor, absmax: Tensor, qmap: Tensor) -> Tensor:
     """What codes stand for, float32."""
-    return lookup(qmap, codes) * absmax.unsqueeze(-1)
+    return lookup(qmap, codes).mul_(absmax.unsqueeze(-1))
 
 
 def lookup(table: Tensor, codes: Tensor) -> Tensor:
-    """The entry of a table for each code. Selecting takes an eighth of the time of indexing on a CPU."""
+    """The entry of a table of 256 for each code. Selecting takes an eighth of the time of indexing on a CPU.
+
+    What inductor makes of that asks of every index whether it is inside, which takes longer than the reading. So in a
+    trace the codes are brought inside, and nothing is asked.
+    """
+    if torch.compiler.is_compiling():
+        inside = codes.to(torch.int32).clamp(0, CODES - 1)
+        found: Tensor = torch.ops.aten._unsafe_index.Tensor(table.view(CODES), [inside])  # noqa: SLF001
+        return found
     return table.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
 
 
@@ -73,10 +82,17 @@ def scaled(x: Tensor, absmax: Tensor) -> Tensor:
     """x over the scale of its block; 0 where that is 0 or not finite.
 
     There x is divided by infinity, which leaves NaN of NaN and infinities alone. (A choice for each entry would take
-    forty times as long on a CPU.)
+    forty times as long on a CPU; compiled, where NaN is looked for entry by entry, it is the other way round.)
     """
-    usable = (absmax > 0) & (absmax < float("inf"))
-    return (x / torch.where(usable, absmax, float("inf")).unsqueeze(-1)).nan_to_num_(0.0)
+    usable = is_usable(absmax).unsqueeze(-1)
+    if torch.compiler.is_compiling():
+        return torch.where(usable, x / absmax.unsqueeze(-1), 0.0)
+    return (x / torch.where(usable, absmax.unsqueeze(-1), float("inf"))).nan_to_num_(0.0)
+
+
+def is_usable(absmax: Tensor) -> Tensor:
+    """Whether a block can be divided by its scale."""
+    return (absmax > 0) & (absmax < float("inf"))
 
 
 def quantize_signed(x: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,9 +108,9 @@ def quantize_unsigned(x: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of values that are not negative; a positive one never takes code 0."""
     absmax = block_absmax(x)
     s = scaled(x, absmax)
-    codes = step_up(s, place_on_lines(s, 2).add_(UNSIGNED_ZERO + 1), bounds)
-    positive = (x > 0) & (absmax < float("inf")).unsqueeze(-1)
-    return torch.maximum(codes, positive.to(torch.uint8)), absmax
+    positive = x.sign().mul_(is_usable(absmax).unsqueeze(-1))
+    first = torch.maximum(place_on_lines(s, 2).add_(UNSIGNED_ZERO + 1), positive)
+    return step_up(s, first, bounds), absmax
 
 
 def place_on_lines(s: Tensor, cells: int) -> Tensor:
@@ -112,10 +128,16 @@ def place_on_lines(s: Tensor, cells: int) -> Tensor:
 def _line(s: Tensor, i: int, cells: int) -> Tensor:
     """The codes below 10^(i-6)·[0.1, 1], and of these the part up to s."""
     n: int = cells * 2**i
-    return (s * (10.0 ** (DECADES - 1 - i) * n / 0.9)).add_(n - cells - 0.1 * n / 0.9 - BELOW)
+    slope, offset = 10.0 ** (DECADES - 1 - i) * n / 0.9, n - cells - 0.1 * n / 0.9 - BELOW
+    if torch.compiler.is_compiling():
+        return s * slope + offset  # BELOW is a number of the graph's there, beside which torch 2.13 loses an alpha
+    return torch.rsub(s, offset, alpha=-slope)  # one pass
 
 
 def step_up(s: Tensor, first: Tensor, bounds: Tensor) -> Tensor:
-    """The code of s, which is ``first`` or the next: one comparison with the boundary between them decides."""
-    code = first.clamp_(0, 255).to(torch.int32)  # inductor takes longer over arithmetic of 8 bits
-    return code.add_(s > lookup(bounds, code)).to(torch.uint8)
+    """The code of s, which is ``first`` or the next: one comparison with the boundary between them decides.
+
+    Both are used up. What is compared stays float32: neither eager nor compiled code takes vectors for bytes.
+    """
+    code = first.clamp_(0, CODES - 1)
+    return code.add_(s.gt_(lookup(bounds, code))).to(torch.uint8)

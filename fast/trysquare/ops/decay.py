@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from trysquare.ops._scalar import Scalar, add_scaled_
@@ -16,11 +15,12 @@ def decoupled_decay_(theta: Tensor, lr: Scalar, weight_decay: Scalar) -> Tensor:
 def cautious_decay_(u: Tensor, theta: Tensor, weight_decay: Scalar) -> Tensor:
     """u ← u + λθ where u does not point away from zero: where u = 0 or θ = 0 or their signs agree.
 
-    With s the sign of u, θ − s·min(sθ, 0) is θ there and, for finite θ, exactly 0 elsewhere. It is the sign that is
-    multiplied, as u·θ can underflow; and nothing is selected by a mask, which on a CPU takes six times as long.
+    There the sign of u times θ is not negative. It is the sign that is multiplied, as u·θ can underflow; and nothing is
+    selected by a mask, which on a CPU takes six times as long: θ is multiplied by 1 there, and by 0 elsewhere.
     """
     if not isinstance(weight_decay, Tensor) and weight_decay == 0:
         return u
-    sign = u.sign()
-    against = (sign * theta).clamp_(max=0)
-    return add_scaled_(u, torch.addcmul(theta, sign, against, value=-1), weight_decay)
+    along = u.sign().mul_(theta).ge_(0)
+    if isinstance(weight_decay, Tensor):
+        return add_scaled_(u, along.mul_(theta), weight_decay)
+    return u.addcmul_(theta, along, value=weight_decay)

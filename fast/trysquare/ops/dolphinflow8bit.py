@@ -23,7 +23,8 @@ def direction(theta: Tensor, gradient: Tensor, scale: Tensor | None, coefficient
     g = clipped(gradient, scale, theta.dtype)
     if coefficient is None:
         return g
-    return projection.subtract_(g.clone() if g is gradient else g, theta.nan_to_num(0.0), coefficient)
+    w = torch.where(coefficient == 0, 0.0, theta) if torch.compiler.is_compiling() else theta.nan_to_num(0.0)
+    return projection.subtract_(g.clone() if g is gradient else g, w, coefficient)
 
 
 def products(w: Tensor, g: Tensor) -> Tensor:

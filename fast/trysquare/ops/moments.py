@@ -8,12 +8,12 @@ from torch import Tensor
 from trysquare.ops._scalar import Scalar, add_scaled_square_
 
 
-def nesterov_(momentum_buffer: Tensor, gradient: Tensor, momentum: Scalar) -> Tensor:
-    """m ← μ·m + g; returns u = g + μ·m as a new tensor."""
+def nesterov_(momentum_buffer: Tensor, gradient: Tensor, momentum: Scalar, out: Tensor | None = None) -> Tensor:
+    """m ← μ·m + g; returns u = g + μ·m, as a new tensor or in ``out``."""
     momentum_buffer.mul_(momentum).add_(gradient)
     if isinstance(momentum, Tensor):
-        return gradient + momentum_buffer * momentum
-    return torch.add(gradient, momentum_buffer, alpha=momentum)
+        return torch.add(gradient, momentum_buffer * momentum, out=out)
+    return torch.add(gradient, momentum_buffer, alpha=momentum, out=out)
 
 
 def second_moment_(exp_avg_sq: Tensor, gradient: Tensor, beta2: Scalar, rest: Scalar | None = None) -> Tensor:

@@ -12,23 +12,52 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trysquare.ops import _symmetric, clipping
+from trysquare.ops import _scratch, _symmetric, clipping
+from trysquare.ops._row_blocks import row_blocks
 from trysquare.ops._scalar import Scalar
 
 Coefficients = tuple[float, float, float]
 MUON_COEFFICIENTS: Coefficients = (3.4445, -4.7750, 2.0315)
+
+PLAIN = 1e-6, 1e15
+"""Norms of a float32 matrix whose entries can be squared as they are: what is lost is below their rounding."""
 
 SMALL = 256
 NATIVE_BFLOAT16 = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 """Whether this CPU multiplies bfloat16 in hardware: without it a bfloat16 product is slower than one in float32."""
 
 
-def newton_schulz(u: Tensor, steps: int, eps: Scalar, coefficients: Coefficients = MUON_COEFFICIENTS) -> Tensor:
+class Products:
+    """The products of the iterations as torch forms them; Triton kernels have their own, with the same meaning."""
+
+    def gram(self, x: Tensor) -> Tensor:
+        """XXᵀ."""
+        return x @ x.mT
+
+    def add_multiple(self, base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
+        """β·base + α·left · right of symmetric matrices that commute, which is symmetric too; a new tensor."""
+        return torch.baddbmm(base, left, right, beta=beta, alpha=alpha)
+
+    def multiplied(self, q: Tensor, x: Tensor, beta: float = 0.0) -> Tensor:
+        """βX + QX for a symmetric Q, laid out as X is."""
+        return multiplied(q, x, beta)
+
+
+BY_TORCH = Products()
+
+
+def newton_schulz(
+    u: Tensor,
+    steps: int,
+    eps: Scalar,
+    coefficients: Coefficients = MUON_COEFFICIENTS,
+    products: Products = BY_TORCH,
+) -> Tensor:
     """n·X after ``steps`` of X ← aX + bAX + cA²X with A = XXᵀ, from X = u/n with n = ‖u‖_F; u itself where n < ε."""
     tall = u.shape[-2] > u.shape[-1]
     norm = u.square().sum(dim=(-2, -1), keepdim=True).sqrt()
     x = (u / norm).mT if tall else u / norm
-    x = standard_form(x, [coefficients] * steps)
+    x = standard_form(x, [coefficients] * steps, products)
     return torch.where(norm < eps, u, (x.mT if tall else x) * norm)
 
 
@@ -49,10 +78,19 @@ def polar_factor(
     rows, columns = u.shape[-2:]
     dtype = choose_matmul_dtype(u.dtype, u.device) if matmul_dtype is None else matmul_dtype
     form = choose_form(rows, columns, u.device, dtype, len(coefficients)) if form is None else form
-    x = normalized(u, safety_factor, eps).to(dtype)
+    x = normalized(u, safety_factor, eps, dtype)
     x = x.mT if rows > columns else x
     x = gram_form(x, coefficients) if form == "gram" else standard_form(x, coefficients)
-    return (x.mT if rows > columns else x).to(u.dtype)
+    found = _scratch.empty(_scratch.UPDATE, u.shape, u.dtype, u.device)
+    return found.copy_(x.mT if rows > columns else x)
+
+
+def iterated(x: Tensor, coefficients: Sequence[Coefficients], form: str, products: Products) -> Tensor:
+    """One quintic after the other on an X of any shape that is normalised already; contiguous if X is."""
+    tall = x.shape[-2] > x.shape[-1]
+    evaluate = gram_form if form == "gram" else standard_form
+    found = evaluate(x.mT if tall else x, coefficients, products)
+    return found.mT if tall else found
 
 
 def choose_matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -94,84 +132,117 @@ def restarts(iters: int) -> tuple[int, ...]:
     return (2, *range(4, iters, 8))
 
 
-def normalized(u: Tensor, safety_factor: Scalar, eps: Scalar) -> Tensor:
-    """u/((1 + safety)·max(‖u‖_F, ε)). Divided by its largest entry first: then no square leaves the range."""
+def normalized(u: Tensor, safety_factor: Scalar, eps: Scalar, dtype: torch.dtype) -> Tensor:
+    """u/((1 + safety)·max(‖u‖_F, ε)), rounded to ``dtype`` at the end."""
+    if u.device.type == "cpu" and not torch.compiler.is_compiling():  # where to look at a number is to wait for nothing
+        norm = _norm(u, None)
+        if bool(((norm > PLAIN[0]) & (norm < PLAIN[1])).all()):
+            return _divided(u, dtype, (1 + safety_factor) * norm.clamp(min=eps))
     largest = torch.maximum(u.amax((-2, -1), keepdim=True), -u.amin((-2, -1), keepdim=True))
     largest = torch.where(largest == 0, 1.0, largest)
-    x = u / largest
-    wide = clipping.wide_dtype(u.device)
-    rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    norm: Tensor = torch.linalg.vector_norm(rows, dim=-2, keepdim=True, dtype=wide)
-    norm = torch.maximum(norm, eps / largest.to(wide)).clamp(min=1.0)  # which it is but for zero
-    return x.div_(((1 + safety_factor) * norm).to(x.dtype))
+    norm = _norm(u, largest)
+    norm = torch.maximum(norm, eps / largest.to(norm.dtype)).clamp(min=1.0)  # which it is but for zero
+    return _divided(u, dtype, largest, (1 + safety_factor) * norm)
 
 
-def standard_form(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
-    """One quintic after the other on X, which has no more rows than columns."""
-    for triple in coefficients:
-        x = quintic(x, triple)
+def _norm(u: Tensor, largest: Tensor | None) -> Tensor:
+    """‖u‖_F, of u over its largest entry if that is given: then no square leaves the range."""
+    lengths = u.new_empty(*u.shape[:-1], 1)
+    for block in row_blocks(u):
+        part = u[block] if largest is None else u[block] / largest[block[0]]
+        lengths[block] = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(lengths, dim=-2, keepdim=True, dtype=clipping.wide_dtype(u.device))
+    return norm
+
+
+def _divided(u: Tensor, dtype: torch.dtype, *divisors: Tensor) -> Tensor:
+    """u over one number a matrix after the other."""
+    x = _scratch.empty(_scratch.X, u.shape, dtype, u.device)
+    for block in row_blocks(u):
+        part = u[block]
+        for divisor in divisors:
+            part = part / divisor[block[0]].to(u.dtype)
+        x[block] = part
     return x
 
 
-def quintic(x: Tensor, coefficients: Coefficients) -> Tensor:
+def standard_form(x: Tensor, coefficients: Sequence[Coefficients], products: Products = BY_TORCH) -> Tensor:
+    """One quintic after the other on X, which has no more rows than columns."""
+    for triple in coefficients:
+        x = quintic(x, triple, products)
+    return x
+
+
+def quintic(x: Tensor, coefficients: Coefficients, products: Products = BY_TORCH) -> Tensor:
     """aX + (bA + cA²)X with A = XXᵀ."""
     a, b, c = coefficients
-    if _symmetric.pays(x):
+    if products is BY_TORCH and _symmetric.pays(x):
         r, z = _symmetric.buffers(x, 2)
-        r.multiply_(_symmetric.rows(x), _symmetric.columns(x.mT))
-        return multiplied(z.add_multiple_(r, r, r, b, c).whole, x, a)
-    gram = x @ x.mT
-    return multiplied(torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, a)
+        r.become_gram_(x)
+        return multiplied(z.add_multiple_(r, r, r, b, c).add_to_diagonal_(a).whole, x)
+    gram = products.gram(x)
+    return products.multiplied(products.add_multiple(gram, gram, gram, b, c), x, a)
 
 
 def multiplied(q: Tensor, x: Tensor, beta: float = 0.0) -> Tensor:
     """βX + QX for a symmetric Q, laid out as X is: a tall matrix that is seen transposed stays contiguous."""
-    if x.stride(-1) <= x.stride(-2):
+    if torch.compiler.is_compiling():
         return torch.baddbmm(x, q, x, beta=beta)
-    return torch.baddbmm(x.mT, x.mT, q.mT, beta=beta).mT
+    tall = x.stride(-1) > x.stride(-2)
+    laid_out = x.mT if tall else x
+    found = _scratch.beside(x, laid_out.shape)
+    left, right = (laid_out, q) if tall else (q, laid_out)
+    square = x.shape[-2] == x.shape[-1]
+    for part in _symmetric.halves(x.shape[-1]) if square and _symmetric.by_tiles(x) else [slice(None)]:
+        torch.baddbmm(laid_out[:, part], left[:, part], right, beta=beta, out=found[:, part])
+    return found.mT if tall else found
 
 
-def gram_form(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+def gram_form(x: Tensor, coefficients: Sequence[Coefficients], products: Products = BY_TORCH) -> Tensor:
     """The same polynomial from the small matrix R = XXᵀ alone (Dao-AILab 2026): all but few products are square.
 
     With Z = bR + cR² an iteration multiplies X by aI + Z and R by its square. The multipliers are gathered in Q, which
     X takes up at a restart and at the end.
     """
     starts = restarts(len(coefficients))
-    multiplier = _multiplier_by_panels if _symmetric.pays(x) else _multiplier
+    by_panels = products is BY_TORCH and _symmetric.pays(x)
     for first, last in zip((0, *starts), (*starts, len(coefficients)), strict=True):
-        x = multiplied(multiplier(x, coefficients[first:last]), x)
+        own = coefficients[first:last]
+        q = _multiplier_by_panels(x, own) if by_panels else _multiplier(x, own, products)
+        x = products.multiplied(q, x)
     return x
 
 
-def _multiplier(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+def _multiplier(x: Tensor, coefficients: Sequence[Coefficients], products: Products) -> Tensor:
     """Q after iterations that start from R = XXᵀ and Q = I."""
-    r = x @ x.mT
+    r = products.gram(x)
     a, b, c = coefficients[0]
-    z = torch.baddbmm(r, r, r, beta=b, alpha=c)
+    z = products.add_multiple(r, r, r, b, c)
     q = torch.add(z, _identity(r), alpha=a)
     for following in coefficients[1:]:
-        rz = torch.baddbmm(r, r, z, beta=a)
-        r = torch.baddbmm(rz, z, rz, beta=a)
+        rz = products.add_multiple(r, r, z, a)
+        r = products.add_multiple(rz, z, rz, a)
         a, b, c = following
-        z = torch.baddbmm(r, r, r, beta=b, alpha=c)
-        q = torch.baddbmm(q, q, z, beta=a)
+        z = products.add_multiple(r, r, r, b, c)
+        q = products.add_multiple(q, q, z, a)
     return q
 
 
 def _multiplier_by_panels(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
-    """The same, every product symmetric: those of polynomials in R commute."""
-    r, z, rz, q = _symmetric.buffers(x, 4)
-    r.multiply_(_symmetric.rows(x), _symmetric.columns(x.mT))
-    a, b, c = coefficients[0]
-    z.add_multiple_(r, r, r, b, c)
-    torch.add(z.whole, _identity(x), alpha=a, out=q.whole)
-    for following in coefficients[1:]:
-        rz.add_multiple_(r, r, z, a)
-        r.add_multiple_(rz, z, rz, a)
-        a, b, c = following
-        z.add_multiple_(r, r, r, b, c)
-        q, rz = rz.add_multiple_(q, q, z, a), q
+    """The same, every product symmetric: those of polynomials in R commute.
+
+    With Y = aI + Z the products are RY, Y(RY) and QY, and add nothing: on a CPU what is added to would be copied first.
+    """
+    r, y, product, q = _symmetric.buffers(x, 4)
+    r.become_gram_(x)
+    for i, (a, b, c) in enumerate(coefficients):
+        y.add_multiple_(r, r, r, b, c).add_to_diagonal_(a)
+        if i + 1 < len(coefficients):
+            r.multiply_(y, product.multiply_(r, y))
+        if i:
+            q, product = product.multiply_(q, y), q
+        else:
+            q, y = y, q
     return q.whole
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from trysquare.ops import clipping
@@ -14,7 +15,7 @@ def normalize_rows_(x: Tensor, row_exp_avg_sq: Tensor, beta2: Scalar, eps: Scala
     ``x`` is (B, R, C), ``row_exp_avg_sq`` (B, R, 1), both written. Norms follow from q alone: a row that is divided by
     d has the mean square q/d².
     """
-    mean_square = x.square().mean(-1, keepdim=True)
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])  # one pass over X
     add_scaled_(row_exp_avg_sq.mul_(beta2), mean_square, 1 - beta2)
     factor = row_exp_avg_sq.clamp(min=eps).rsqrt()
     before = _norm(mean_square, x.shape[-1])

@@ -97,9 +97,12 @@ def weighted_surprise(x: Tensor, normalizer: Tensor, weight: Tensor | None) -> T
 
 
 def index_losses(x_y: Tensor, normalizer: Tensor, w_y: Tensor | None) -> Tensor:
-    """−w_y·log p_y of every position, from the logits x_y and weights w_y of the chosen classes."""
+    """−w_y·log p_y of every position, from the logits x_y and weights w_y of the chosen classes.
+
+    A weight of 0 counts nothing even if the surprise is infinite.
+    """
     losses = surprise(log_s(x_y), normalizer)
-    return losses if w_y is None else losses * w_y
+    return losses if w_y is None else (losses * w_y).masked_fill_(w_y == 0, 0)
 
 
 def index_gradient(

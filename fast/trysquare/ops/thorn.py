@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trysquare.ops import decay, moments, polar, row_norm, schedule_free
+from trysquare.ops import _scratch, decay, moments, polar, row_norm, schedule_free
+from trysquare.ops._row_blocks import row_blocks
 from trysquare.ops._scalar import Scalar, add_scaled_
 
 
@@ -28,7 +29,13 @@ def scale(rows: int, columns: int, target_rms: float) -> float:
 
 def prepare_(momentum_buffer: Tensor, gradient: Tensor, momentum: Scalar) -> Tensor:
     """m ← β₁m + g; returns u = g + β₁m, of which the polar factor is taken, as a new tensor."""
-    return moments.nesterov_(momentum_buffer, gradient.to(momentum_buffer.dtype), momentum)
+    dtype, (first, *others) = momentum_buffer.dtype, row_blocks(momentum_buffer)
+    if not others:
+        return moments.nesterov_(momentum_buffer, gradient.to(dtype), momentum)
+    u = _scratch.empty(_scratch.UPDATE, momentum_buffer.shape, dtype, momentum_buffer.device)
+    for block in (first, *others):
+        moments.nesterov_(momentum_buffer[block], gradient[block].to(dtype), momentum, u[block])
+    return u
 
 
 def apply_(
@@ -44,11 +51,10 @@ def apply_(
 
     ``rate`` is η times scale and rectification, (B, 1, 1); ``x`` is used up.
     """
-    wide = theta.to(x.dtype)
     if row_exp_avg_sq is not None:
         x = row_norm.normalize_rows_(x, row_exp_avg_sq, beta2, eps)
-    x = decay.cautious_decay_(x, wide, weight_decay)
-    theta.sub_(x.mul_(rate))
+    for block in row_blocks(x):
+        descend_(theta[block], x[block], rate[block[0]], weight_decay)
 
 
 def accumulate_(momentum_buffer: Tensor, gradient: Tensor, momentum: Scalar) -> None:
@@ -180,5 +186,6 @@ def collect_mean_(
 def descend_(theta: Tensor, u: Tensor, lr: Tensor, weight_decay: Scalar) -> None:
     """θ ← θ − η·u with u decayed first, which uses it up."""
     wide = theta.to(u.dtype)
-    u = decay.cautious_decay_(u, wide, weight_decay)
-    theta.sub_(u.mul_(lr))
+    wide.addcmul_(decay.cautious_decay_(u, wide, weight_decay), lr, value=-1)
+    if wide is not theta:
+        theta.copy_(wide)

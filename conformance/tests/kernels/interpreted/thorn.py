@@ -1,0 +1,81 @@
+"""THORN's kernels where operands are awkward, and where they fail; `test_interpreted` runs this."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trysquare.kernels import _launch, polar
+from trysquare.kernels import thorn as launchers
+from trysquare.kernels._polar_choices import Tile
+from trysquare.thorn import THORN
+
+TILE = Tile(16, 16, 4, 1)
+
+
+def integers(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Small ones: no product of them is rounded in float32."""
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 24, 40), (2, 33, 17), (1, 1, 5)])
+def test_products_are_exact_where_nothing_is_rounded(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x = integers(shape, dtype)
+    tall = x.mT.contiguous().mT
+    gram = x.double() @ x.double().mT
+    for own in (x, tall):
+        assert torch.equal(polar.symmetric_product(own, own, TILE), gram.to(dtype))
+        base = gram.to(dtype)
+        found = polar.symmetric_product(own, own, TILE, base, 2.0, -0.5)
+        assert torch.equal(found, (2 * base.double() - 0.5 * gram).to(dtype))
+        q = integers((shape[0], shape[1], shape[1]), dtype, 1)
+        multiplied = polar.product(q, own, TILE, 3.0)
+        assert torch.equal(multiplied, (3 * x.double() + q.double() @ x.double()).to(dtype))
+        assert multiplied.stride() == own.stride()
+
+
+def test_a_symmetric_product_is_symmetric_bit_for_bit() -> None:
+    a = torch.randn(2, 40, 40, generator=torch.Generator().manual_seed(0))
+    left = a + a.mT
+    product = polar.symmetric_product(left, left @ left, TILE)
+    assert torch.equal(product, product.mT)
+
+
+@pytest.mark.parametrize("power", [-20, 60, 100])
+def test_what_is_multiplied_does_not_depend_on_the_scale_of_the_gradient(power: int) -> None:
+    gradient = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    shape = launchers.Shape(1, 5, 7)
+    numbers = launchers.numbers_of(torch.device("cpu"), 0.1, (0.9, 0.9), 0.0, 1e-30)
+    found = []
+    for g in (gradient, gradient * 2.0**power):
+        bucket = launchers.Matrices([gradient], [g], [torch.zeros(5, 7)], None, [torch.ones((), dtype=torch.float64)])
+        found.append(launchers.prepare_(bucket, shape, numbers, None, torch.float32))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("orthogonalize", [True, False])
+def test_kernels_that_cannot_be_compiled_change_nothing(
+    orthogonalize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameter = torch.nn.Parameter(torch.ones(4, 6))
+    optimizer = THORN([{"params": [parameter], "orthogonalize": orthogonalize}], backend="triton", none_grad=True)
+    parameter.grad = torch.ones(4, 6)
+    compiled = _launch._compile
+
+    def fails(kernel: Any, *rest: Any) -> None:
+        if kernel.__name__ in {"_apply", "_step"}:
+            raise RuntimeError("no room")
+        compiled(kernel, *rest)
+
+    monkeypatch.setattr(_launch, "_compile", fails)
+    with pytest.raises(RuntimeError, match="no room"):
+        optimizer.step()
+    assert torch.equal(parameter, torch.ones(4, 6))
+    assert parameter.grad is not None
+    assert optimizer.state[parameter]["step"] == 0
+    monkeypatch.undo()
+    optimizer.step()
+    assert not torch.equal(parameter, torch.ones(4, 6))
+    assert parameter.grad is None

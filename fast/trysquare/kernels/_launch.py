@@ -1,0 +1,234 @@
+"""How a kernel is launched: counted, compiled ahead of what must not be half done, and with an error one can act on.
+
+A kernel works on many tensors of one shape at once. It finds them through a table of addresses, one row for each
+operand, and its numbers in one float64 tensor: what changes from step to step is data, and nothing is compiled for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
+
+from trysquare import _backend
+
+ALIGNMENT = 16
+"""Bytes of the widest load; addresses that are multiples of it are promised to the compiler."""
+
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.uint8: tl.uint8,
+}
+"""The formats of elements, as kernels are told them."""
+
+FUSES = True
+"""Whether a·b + c is rounded once. Said with every launch: Triton's default is going to change."""
+
+
+@dataclass
+class Launch:
+    """One launch as it was asked for: all that decides what is compiled."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: Mapping[str, Any]
+    options: Mapping[str, int]
+
+
+_recorded: list[Launch] = []
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """While it lasts, launches compile their kernels and run nothing: what cannot be compiled then changes nothing."""
+    _backend.rehearsing = True
+    try:
+        yield
+    finally:
+        _backend.rehearsing = False
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """While it lasts, launches are written down and nothing runs: so it is known what to compile without a GPU."""
+    _backend.only_recorded = True
+    _recorded.clear()
+    try:
+        yield _recorded
+    finally:
+        _backend.only_recorded = False
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    *arguments: Any,
+    constants: Mapping[str, Any],
+    num_warps: int = 4,
+    num_stages: int = 2,
+) -> None:
+    """Launch so many programs of a kernel on the device of its first argument.
+
+    Args:
+        kernel: A function of `triton.jit`.
+        programs: How many; none is no launch.
+        arguments: Tensors, integers or None, in the kernel's order.
+        constants: What the kernel is compiled for, by name.
+        num_warps: Of 32 threads, a program.
+        num_stages: Of the software pipeline of its loops.
+
+    Raises:
+        RuntimeError: The kernel cannot be compiled; names kernel, shapes and versions.
+    """
+    if programs == 0:
+        return
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": FUSES}
+    if _backend.only_recorded:
+        _recorded.append(Launch(kernel, arguments, constants, options))
+        return
+    if _backend.rehearsing:
+        if hasattr(kernel, "warmup"):  # not in the interpreter of Triton 3.2, which compiles nothing
+            _compile(kernel, programs, arguments, constants, options)
+        return
+    try:
+        with _device_of(arguments[0]):
+            kernel[(programs,)](*arguments, **constants, **options)
+    except (CompilationError, OutOfResources) as error:  # before anything runs
+        raise _not_compiled(kernel, arguments, constants, error) from error
+    _backend.calls["triton", kernel.__name__] += 1
+
+
+def _compile(
+    kernel: Any, programs: int, arguments: Sequence[Any], constants: Mapping[str, Any], options: Mapping[str, int]
+) -> None:
+    try:
+        with _device_of(arguments[0]):
+            kernel.warmup(*arguments, grid=(programs,), **constants, **options)
+    except Exception as error:
+        raise _not_compiled(kernel, arguments, constants, error) from error
+
+
+def _not_compiled(
+    kernel: Any, arguments: Sequence[Any], constants: Mapping[str, Any], error: Exception
+) -> RuntimeError:
+    shapes = ", ".join(str(tuple(a.shape)) for a in arguments if isinstance(a, Tensor))
+    chosen = ", ".join(f"{name}={value}" for name, value in constants.items())
+    return RuntimeError(
+        f"Triton cannot compile the kernel {kernel.__name__} ({chosen}; arguments of shape {shapes}) on "
+        f"{arguments[0].device} with Triton {triton.__version__} and torch {torch.__version__}: {error}. "
+        "Nothing was changed; backend='eager' does the same without Triton"
+    )
+
+
+def _device_of(tensor: Tensor) -> Any:
+    """Triton launches on the current device, on its current stream."""
+    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+
+
+def warps(elements: int) -> int:
+    """Of a program that holds so many elements of each operand: from 8 elements a thread on, one warp to sixteen."""
+    return min(16, max(1, int(triton.next_power_of_2(elements)) // 256))
+
+
+# What kernels are told of tensors
+
+
+class Table:
+    """The addresses of parallel lists of tensors: one row for each list, on the device.
+
+    Attributes:
+        addresses: int64, (lists, members).
+        aligned: Whether every one of them is a multiple of 16 bytes.
+    """
+
+    def __init__(self, lists: Sequence[Sequence[Tensor]]) -> None:
+        found = tuple(tuple(tensor.data_ptr() for tensor in tensors) for tensors in lists)
+        self.aligned = all(address % ALIGNMENT == 0 for row in found for address in row)
+        self.addresses = _on(lists[0][0].device, found, torch.int64)
+
+
+def floats(device: torch.device, *values: float | Tensor) -> Tensor:
+    """Numbers as one float64 tensor on the device, of floats and of 0-dim tensors, which are not read."""
+    if not any(isinstance(value, Tensor) for value in values):
+        return _on(device, tuple(float(value) for value in values), torch.float64)
+    parts = [v.detach() if isinstance(v, Tensor) else _on(device, float(v), torch.float64) for v in values]
+    return torch.stack([part.to(device, torch.float64, non_blocking=True) for part in parts])
+
+
+def integers(device: torch.device, *values: int) -> Tensor:
+    """Numbers as one int64 tensor on the device."""
+    return _on(device, values, torch.int64)
+
+
+KEPT = 4096
+"""Tables and numbers that are kept on their device: a step asks for the same ones as the one before it."""
+
+_kept: dict[Any, Tensor] = {}
+
+_reserved: dict[Any, Tensor] | None = None
+
+
+@contextmanager
+def reserving() -> Iterator[dict[Any, Tensor]]:
+    """While it lasts, tables and numbers of the host get a place on their device, and nothing is copied there.
+
+    For a capture into a graph, within which nothing can be copied from the host, and need not be: nothing runs. `fill`
+    does so afterwards. The places are the graph's own, and have to be kept as long as it.
+    """
+    global _reserved  # noqa: PLW0603 (the launchers have no other way to know)
+    _reserved = {}
+    try:
+        yield _reserved
+    finally:
+        _reserved = None
+
+
+def fill(places: Mapping[Any, Tensor]) -> None:
+    """Copy from the host what was asked for while places were reserved."""
+    for (_, values, dtype, _), place in places.items():
+        place.copy_(torch.tensor(values, dtype=dtype))
+
+
+def _on(device: torch.device, values: Any, dtype: torch.dtype) -> Tensor:
+    """A tensor of host numbers on a device, copied there once and without waiting for it."""
+    key = device, values, dtype, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    if _reserved is not None and _writes_down(device):
+        return _place(key, _reserved)
+    if key not in _kept:
+        if device.type == "cuda" and _writes_down(device):
+            raise RuntimeError(
+                "a step by Triton kernels cannot be captured into a CUDA graph as it is, for it copies addresses from "
+                "the host: use trysquare.CapturedStep(optimizer) beside your own graph, or backend='eager'"
+            )
+        if len(_kept) >= KEPT:
+            _kept.clear()
+        _kept[key] = torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    return _kept[key]
+
+
+def _writes_down(device: torch.device) -> bool:
+    """Whether what is launched now is captured; other threads may step while one captures."""
+    return device.type != "cuda" or torch.cuda.is_current_stream_capturing()
+
+
+def _place(key: Any, places: dict[Any, Tensor]) -> Tensor:
+    """The place of a tensor of host numbers, by its shape."""
+    device, values, dtype, _ = key
+    if key not in places:
+        places[key] = torch.empty(_shape(values), dtype=dtype, device=device)
+    return places[key]
+
+
+def _shape(values: Any) -> tuple[int, ...]:
+    return (len(values), *_shape(values[0])) if isinstance(values, tuple) else ()

@@ -1,0 +1,219 @@
+"""The products of `ops.polar` in Triton: symmetric ones at little more than half the work.
+
+Every product of the iterations but βX + QX is a polynomial in the symmetric A = XXᵀ, or A itself, and so is symmetric.
+Only tiles on and below the diagonal are computed; the transposed tile is stored at the mirrored place.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+from trysquare.kernels import _polar_choices
+from trysquare.kernels._arithmetic import dotted, narrowed, widened
+from trysquare.kernels._launch import DTYPES, floats, launch
+from trysquare.kernels._polar_choices import Tile
+from trysquare.ops import polar
+
+GROUP = 8
+"""Tiles of rows that neighbouring programs of a wide product share."""
+
+
+class Products(polar.Products):
+    """Those of `ops.polar`, each by the kernel or by cuBLAS as the table of `_polar_choices` says."""
+
+    def gram(self, x: Tensor) -> Tensor:
+        """XXᵀ."""
+        choice = _polar_choices.of_symmetric(x.shape[-2], x.dtype, x.device)
+        return super().gram(x) if choice is None else symmetric_product(x, x, choice.tile)
+
+    def add_multiple(self, base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
+        """β·base + α·left · right of symmetric matrices that commute."""
+        choice = _polar_choices.of_symmetric(left.shape[-2], left.dtype, left.device)
+        if choice is None:
+            return super().add_multiple(base, left, right, beta, alpha)
+        return symmetric_product(left, right, choice.tile, base, beta, alpha)
+
+    def multiplied(self, q: Tensor, x: Tensor, beta: float = 0.0) -> Tensor:
+        """βX + QX."""
+        tile = _polar_choices.of_wide(x.shape[-2], x.dtype)
+        return super().multiplied(q, x, beta) if tile is None else product(q, x, tile, beta)
+
+
+PRODUCTS = Products()
+
+
+def symmetric_product(
+    left: Tensor, right: Tensor, tile: Tile, base: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
+) -> Tensor:
+    """β·base + α·left · rightᵀ where that is symmetric, as a new contiguous tensor (B, n, n).
+
+    Args:
+        left: (B, n, k) with any strides; half precision or float32. Sums are of float32 numbers.
+        right: Of the same shape and dtype.
+        tile: How.
+        base: (B, n, n), symmetric; None: 0.
+        beta: β, a factor of ``base``.
+        alpha: α.
+    """
+    batch, size, inner = left.shape
+    out = torch.empty(batch, size, size, dtype=left.dtype, device=left.device)
+    tiles = triton.cdiv(size, tile.side)
+    triangle = tiles * (tiles + 1) // 2
+    numbers = floats(left.device, beta, alpha)
+    base = None if base is None else base.contiguous()
+    arguments = left, right, base, out, numbers, size, inner, triangle, *left.stride(), *right.stride()
+    constants = {"DTYPE": DTYPES[left.dtype], "SIDE": tile.side, "INNER": tile.inner}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    launch(_symmetric_product, batch * triangle, *arguments, constants=constants, **options)
+    return out
+
+
+@triton.jit
+def _symmetric_product(
+    left,
+    right,
+    base,
+    out,
+    numbers,
+    size,
+    inner,
+    triangle,
+    left_batch,
+    left_row,
+    left_inner,
+    right_batch,
+    right_row,
+    right_inner,
+    DTYPE: tl.constexpr,
+    SIDE: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    batch = (tl.program_id(0) // triangle).to(tl.int64)
+    i, j = tile_of(tl.program_id(0) % triangle)
+    row = i * SIDE + tl.arange(0, SIDE)
+    column = j * SIDE + tl.arange(0, SIDE)
+    within = tl.arange(0, INNER)
+    left_place = left + batch * left_batch + row.to(tl.int64)[:, None] * left_row
+    right_place = right + batch * right_batch + column.to(tl.int64)[None, :] * right_row
+    total = tl.zeros((SIDE, SIDE), dtype=tl.float32)
+    for start in range(0, inner, INNER):
+        term = start + within
+        here = term < inner
+        at = term.to(tl.int64)
+        x = tl.load(left_place + at[None, :] * left_inner, mask=(row < size)[:, None] & here[None, :], other=0.0)
+        y = tl.load(right_place + at[:, None] * right_inner, mask=here[:, None] & (column < size)[None, :], other=0.0)
+        total = dotted(x, y, total)
+    found = total * tl.load(numbers + 1).to(tl.float32)
+    whole = batch * size * size
+    inside = (row < size)[:, None] & (column < size)[None, :]
+    place = whole + row.to(tl.int64)[:, None] * size + column[None, :]
+    if base is not None:
+        addend = widened(tl.load(base + place, mask=inside, other=0.0), tl.float32)
+        found += addend * tl.load(numbers).to(tl.float32)
+    rounded = narrowed(found, DTYPE)
+    mirrored = transposed(rounded)
+    if i == j:
+        rounded = symmetric(rounded, mirrored, row[:, None] < column[None, :])
+    tl.store(out + place, rounded, mask=inside)
+    if i != j:
+        there = whole + column.to(tl.int64)[:, None] * size + row[None, :]
+        tl.store(out + there, mirrored, mask=(column < size)[:, None] & (row < size)[None, :])
+
+
+@triton.jit
+def transposed(tile):
+    """A tile as it is stored at the mirrored place."""
+    return tl.trans(tile)
+
+
+@triton.jit
+def symmetric(tile, mirrored, above):
+    """A tile on the diagonal, with what is below it above too: bit for bit, as the next product reads it transposed.
+
+    L·Rᵀ of matrices that are symmetric but for rounding is as good as L·R; in the Gram form these differences grow
+    from one iteration to the next, to an error ten times as large.
+    """
+    return tl.where(above, mirrored, tile)
+
+
+@triton.jit
+def tile_of(index):
+    """(i, j), i ≥ j, of the tile of a lower triangle that is counted row by row: index = i(i + 1)/2 + j.
+
+    The root is of float32 numbers and may be off by one either way, which integers then put right.
+    """
+    i = ((tl.sqrt((8 * index + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
+    i = tl.where((i + 1) * (i + 2) // 2 <= index, i + 1, i)
+    i = tl.where(i * (i + 1) // 2 > index, i - 1, i)
+    return i, index - i * (i + 1) // 2
+
+
+def product(q: Tensor, x: Tensor, tile: Tile, beta: float = 0.0) -> Tensor:
+    """βX + QX, (B, n, m), laid out as X is; sums are of float32 numbers.
+
+    Args:
+        q: (B, n, n), any strides; half precision or float32.
+        x: (B, n, m) of the same dtype, contiguous or a transposed contiguous tensor.
+        tile: How.
+        beta: β.
+    """
+    batch, size, columns = x.shape
+    out = torch.empty_like(x)
+    tall, wide = triton.cdiv(size, tile.side), triton.cdiv(columns, tile.side)
+    numbers = floats(x.device, beta)
+    arguments = q, x, out, numbers, size, columns, *q.stride(), *x.stride(), *out.stride()
+    constants = {"DTYPE": DTYPES[x.dtype], "ADDS": beta != 0, "SIDE": tile.side, "INNER": tile.inner, "GROUP": GROUP}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    launch(_product, batch * tall * wide, *arguments, constants=constants, **options)
+    return out
+
+
+@triton.jit
+def _product(
+    q,
+    x,
+    out,
+    numbers,
+    size,
+    columns,
+    q_batch,
+    q_row,
+    q_column,
+    x_batch,
+    x_row,
+    x_column,
+    out_batch,
+    out_row,
+    out_column,
+    DTYPE: tl.constexpr,
+    ADDS: tl.constexpr,
+    SIDE: tl.constexpr,
+    INNER: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tall, wide = tl.cdiv(size, SIDE), tl.cdiv(columns, SIDE)
+    batch = (tl.program_id(0) // (tall * wide)).to(tl.int64)
+    index = tl.program_id(0) % (tall * wide)
+    first = index // (GROUP * wide) * GROUP
+    height = tl.minimum(tall - first, GROUP)
+    row = (first + index % (GROUP * wide) % height) * SIDE + tl.arange(0, SIDE)
+    column = index % (GROUP * wide) // height * SIDE + tl.arange(0, SIDE)
+    at_row, at_column = row.to(tl.int64)[:, None], column.to(tl.int64)[None, :]
+    total = tl.zeros((SIDE, SIDE), dtype=tl.float32)
+    for start in range(0, size, INNER):
+        term = start + tl.arange(0, INNER)
+        here = term < size
+        q_place = q + batch * q_batch + at_row * q_row + term.to(tl.int64)[None, :] * q_column
+        x_place = x + batch * x_batch + term.to(tl.int64)[:, None] * x_row + at_column * x_column
+        left = tl.load(q_place, mask=(row < size)[:, None] & here[None, :], other=0.0)
+        right = tl.load(x_place, mask=here[:, None] & (column < columns)[None, :], other=0.0)
+        total = dotted(left, right, total)
+    inside = (row < size)[:, None] & (column < columns)[None, :]
+    if ADDS:
+        addend = tl.load(x + batch * x_batch + at_row * x_row + at_column * x_column, mask=inside, other=0.0)
+        total += widened(addend, tl.float32) * tl.load(numbers).to(tl.float32)
+    place = batch * out_batch + at_row * out_row + at_column * out_column
+    tl.store(out + place, narrowed(total, DTYPE), mask=inside)
