@@ -1,4 +1,4 @@
-"""`python -m benchmarks [cpu | gpu | eightbit | thorn | demo | text | digits | tables]`; without a name, `cpu`."""
+"""`python -m benchmarks [NAME]`: cpu (the default), gpu, eightbit, thorn; demo, text, digits, training8bit; tables."""
 
 import sys
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": demo.main,
     "text": demo.text,
     "digits": demo.digits,
+    "training8bit": demo.training8bit,
     "tables": tables.main,
 }
 

@@ -30,6 +30,7 @@ from benchmarks.contenders import (
 )
 from trysquare import stablemax_cross_entropy
 from trysquare_conformance.machine import describe_machine
+from trysquare_conformance.memory import peak_bytes
 from trysquare_conformance.report.console import simple_table
 
 SCHEMA = 1
@@ -86,7 +87,7 @@ def prepare(contender: Contender, batches: Sequence[Sequence[torch.Tensor]]) -> 
     facts = {
         "name": contender.name,
         "cold_start_ms": 1e3 * cold,
-        "peak_bytes": timing.peak_bytes(built[0].step),
+        "peak_bytes": peak_bytes(built[0].step),
         "error": error,
         **small(contender),
     }
@@ -164,7 +165,7 @@ def steps(rounds: int) -> dict[str, Any]:
 def losses(rounds: int) -> dict[str, Any]:
     """Both cross-entropies."""
     actions = loss_actions()
-    peaks = {name: timing.peak_bytes(action) for name, action in actions.items()}
+    peaks = {name: peak_bytes(action) for name, action in actions.items()}
     times = timing.interleaved(actions, rounds, "losses")
     rows = [
         {"name": name, "logits": LOGITS, "peak_bytes": peaks[name], "over": ratios(name, times), **spread(times[name])}

@@ -19,6 +19,7 @@ from benchmarks.cpu import Bar, bar_row, spread
 from trysquare import DolphinFlow, DolphinFlow8bit
 from trysquare_conformance import originals
 from trysquare_conformance.machine import describe_machine
+from trysquare_conformance.memory import peak_bytes, state_bytes
 from trysquare_conformance.report.console import simple_table
 
 SCHEMA = 1
@@ -44,28 +45,13 @@ def contenders() -> dict[str, Any]:
     return {ADAMW8BIT: lambda p: adamw(p, lr=1e-4, weight_decay=1e-2), **made}
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """What the memory of all state tensors takes, that which they share counted once."""
-    values = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
-    tensors = [inner for x in values for inner in inner_tensors(x)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def inner_tensors(x: torch.Tensor) -> list[torch.Tensor]:
-    """Those that a tensor subclass, such as torchao's coded state, consists of; a plain tensor is its own."""
-    if not hasattr(x, "__tensor_flatten__"):
-        return [x]
-    names, _ = x.__tensor_flatten__()
-    return [getattr(x, name) for name in names]
-
-
 def prepare(build: Any, batch: Sequence[torch.Tensor]) -> tuple[dict[str, Any], timing.Action]:
     """What is measured once, after the first step, and the step that is timed."""
     parameters = gpt2.weights(gpt2.SHAPES)
     gpt2.give(parameters, batch)
     optimizer = build(parameters)
     cold = timing.seconds(optimizer.step)
-    peak = timing.peak_bytes(optimizer.step)
+    peak = peak_bytes(optimizer.step)
     return {"state_bytes": state_bytes(optimizer), "peak_bytes": peak, "cold_start_ms": 1e3 * cold}, optimizer.step
 
 

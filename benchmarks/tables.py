@@ -14,6 +14,7 @@ from benchmarks import eightbit, results
 from benchmarks.gpu import cells as gpu_cells
 from benchmarks.gpu import targets
 from trysquare_conformance.demo import comparison as trained
+from trysquare_conformance.demo import eightbit as trained8bit
 from trysquare_conformance.demo import percent
 
 MARK = re.compile(r"(?P<begin><!-- table: (?P<name>\w+) -->\n)(?P<body>.*?)(?P<end><!-- /table -->)", re.DOTALL)
@@ -107,9 +108,15 @@ def polar_row(row: dict[str, Any]) -> list[str]:
 
 
 def comparison(result: dict[str, Any]) -> str:
-    """A line for each optimizer and kind of weights."""
-    table = markdown(trained.HEAD, [trained.cells(row) for row in result["rows"]], 3)
+    """A line for each optimizer and kind of weights, without the time of a step: `thorn` measures it beside others."""
+    table = markdown(trained.HEAD[:-1], [trained.cells(row)[:-1] for row in result["rows"]], 2)
     return f"{table}\n{trained.note(result)} {machine_line(result)}.\n"
+
+
+def training8bit(result: dict[str, Any]) -> str:
+    """A line for each task and optimizer."""
+    table = markdown(trained8bit.HEAD, trained8bit.cells(result), trained8bit.FIGURES)
+    return f"{table}\n{trained8bit.note(result)} {machine_line(result)}.\n"
 
 
 def eight(result: dict[str, Any]) -> str:
@@ -169,6 +176,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "thorn": thorn,
     "text": comparison,
     "digits": comparison,
+    "training8bit": training8bit,
     "gpu": gpu,
     "gpu_rows": gpu_rows,
 }

@@ -17,6 +17,8 @@ from typing import TypeVar
 import torch
 from rich.progress import track
 
+from trysquare_conformance.memory import peak_bytes
+
 Action = Callable[[], object]
 WARM_UP = 2
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -84,20 +86,6 @@ def interleaved(
             for name, action in actions.items():
                 taken[name].append(measure(action))
     return {name: Times(tuple(list_of[WARM_UP:])) for name, list_of in taken.items()}
-
-
-def peak_bytes(action: Action) -> int:
-    """The most memory that an action holds at once beyond what was there before, by torch's own account."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        action()
-    results = profile.profiler.kineto_results
-    changes = [event for event in results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from benchmarks import timing
 from benchmarks.cpu import spread
-from benchmarks.eightbit import state_bytes
 from trysquare import _backend
+from trysquare_conformance.memory import state_bytes
 
 FAILED = "failed: "
 

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from trysquare_conformance.cli import app
 from trysquare_conformance.demo import comparison
-from trysquare_conformance.demo.comparison import CONTENDERS, Contender, averaged, compare, train
+from trysquare_conformance.demo.comparison import CONTENDERS, compare
 from trysquare_conformance.demo.digits import Digits
 from trysquare_conformance.demo.text import LONG, SHORT, Text, characters, source_files
+from trysquare_conformance.demo.training import Contender, averaged, spread, train
 
 TINY = Text(width=32, layers=1, length=16, batch=8)
 STEPS = 40
@@ -60,7 +61,7 @@ def test_the_table_the_picture_and_the_file_are_of_this_result(
 ) -> None:
     printed = console.export_text(clear=False)
     for row in result["rows"]:
-        assert comparison.spread(row["loss"], 3) in printed
+        assert spread(row["loss"], 3) in printed
     assert json.loads((folder / "one.json").read_text()) == json.loads(json.dumps(result))
     comparison.draw(result, folder / "two.png")
     assert (folder / "one.png").read_bytes() == (folder / "two.png").read_bytes()

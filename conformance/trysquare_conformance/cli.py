@@ -17,7 +17,7 @@ from trysquare_conformance import report
 from trysquare_conformance.case import TIERS
 
 if TYPE_CHECKING:
-    from trysquare_conformance.demo.comparison import Task
+    from trysquare_conformance.demo.training import Task
 
 app = typer.Typer(
     name="trysquare", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__
@@ -183,6 +183,28 @@ def digits(
     from trysquare_conformance.demo.digits import Digits
 
     _compare(Digits(device=device), "digits", steps, seeds, picture, json)
+
+
+@demos.command()
+def eightbit(
+    epochs: Annotated[int, typer.Option(min=1, help="of modular addition")] = 400,
+    steps: Annotated[int, typer.Option(min=1, help="of the language model")] = 300,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each optimizer")] = 1,
+    picture: Files = None,
+    json: Files = None,
+) -> None:
+    """Train modular addition and the language model with DolphinFlow8bit beside DolphinFlow.
+
+    Shows what each learns, and the memory of state and step. --picture draws the held-out accuracies; --json writes
+    the numbers.
+    """
+    from trysquare_conformance.demo import eightbit as trained
+
+    command = f"trysquare demo eightbit --epochs {epochs} --steps {steps} --seeds {seeds}"
+    try:
+        trained.compare(trained.experiments(epochs, steps), seeds, command, picture, json)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _compare(task: "Task", name: str, steps: int, seeds: int, picture: Path | None, json: Path | None) -> None:

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from trysquare_conformance.demo.comparison import Batch
+from trysquare_conformance.demo.training import Batch
 
 TESTED_SHARE = 0.25
 SPLIT_SEED = 3

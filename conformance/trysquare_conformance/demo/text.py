@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trysquare_conformance.demo.comparison import Batch
+from trysquare_conformance.demo.training import Batch
 
 VOCABULARY = 128
 UNKNOWN = ord("?")
