@@ -10,6 +10,7 @@ import pkgutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -48,6 +49,10 @@ class Outcome:
         return (self.caught is None) == (self.fault.indistinguishable is not None)
 
 
+AT_ONCE = 100
+"""So many faults are planted by one process; more are shared among several."""
+
+
 @cache
 def all_faults() -> tuple[Fault, ...]:
     """What the pages declare."""
@@ -83,13 +88,12 @@ def _run_lane(lane: Lane, budgets: Path, globs: Sequence[str], progress: Progres
     if reason is not None:
         raise RuntimeError(f"{lane.name} cannot run here: {reason}")
     here = planted_in(lane, globs)
-    name = f"faults, {lane.name}"
-    if not _is_at_home(lane):
-        yield from _plant_apart(lane, here, budgets, globs, lambda _, done, __: progress(name, done, len(here)))
+    if len(here) > AT_ONCE or not _is_at_home(lane):
+        yield from _plant_apart(lane, here, budgets, globs, progress)
         return
     for done, outcome in enumerate(plant(lane, here, budgets), 1):
         yield outcome
-        progress(name, done, len(here))
+        progress(f"faults, {lane.name}", done, len(here))
 
 
 def planted_in(lane: Lane, globs: Sequence[str]) -> list[Fault]:
@@ -116,15 +120,23 @@ def _is_at_home(lane: Lane) -> bool:
 def _plant_apart(
     lane: Lane, chosen: Sequence[Fault], budgets: Path, globs: Sequence[str], progress: Progress
 ) -> Iterator[Outcome]:
-    """Plant in a process with the lane's environment."""
+    """Plant in processes with the lane's environment, as many at once as there are cores."""
+    parts = -(-len(chosen) // AT_ONCE)
     worker = [sys.executable, "-m", "trysquare_conformance.worker", "--lane", lane.name, "--tier", "quick"]
-    command = [*worker, "--budgets", str(budgets), *(f"--fault={glob}" for glob in globs)]
-    process = FaultProcess(lane.name, lane, (), command, progress)
-    process.run()
-    missing = [fault.id for fault in chosen if fault.id not in process.caught]
-    if missing:
-        raise RuntimeError(f"{lane.name}: {process.ended}, and {missing[0]} was not looked for\n{process.said}")
-    yield from (Outcome(fault, lane.name, process.caught[fault.id]) for fault in chosen)
+    command = [*worker, "--budgets", str(budgets), "--parts", str(parts), *(f"--fault={glob}" for glob in globs)]
+    processes: list[FaultProcess] = []
+
+    def tell(*_: object) -> None:
+        progress(f"faults, {lane.name}", sum(len(process.caught) for process in processes), len(chosen))
+
+    processes += [FaultProcess(lane.name, lane, (), [*command, "--part", str(part)], tell) for part in range(parts)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(FaultProcess.run, processes))
+    for part, process in enumerate(processes):
+        for fault in registry.part(chosen, part, parts):
+            if fault.id not in process.caught:
+                raise RuntimeError(f"{lane.name}: {process.ended}, and {fault.id} was not looked for\n{process.said}")
+            yield Outcome(fault, lane.name, process.caught[fault.id])
 
 
 @dataclass

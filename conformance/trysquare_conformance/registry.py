@@ -7,6 +7,7 @@ import itertools
 import pkgutil
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from trysquare_conformance import cases as pages
 from trysquare_conformance.case import SHORT_DTYPES, TIERS, Array, Case, Outputs, Stage, Subject, Wrap, shape_name
@@ -28,6 +29,9 @@ __all__ = [
     "shape_name",
     "smallest_tier",
 ]
+
+
+Item = TypeVar("Item")
 
 
 def _collect() -> dict[str, Subject]:
@@ -63,9 +67,9 @@ def select(tier: str, patterns: Iterable[str] = (), lane: str | None = None) -> 
     return [case for case in chosen if lane is None or LANES[lane].holds(case.dtype)]
 
 
-def part(cases: Sequence[Case], index: int, parts: int) -> list[Case]:
-    """One of so many parts, of neighbours, which are likely to share a compilation."""
-    return list(cases[len(cases) * index // parts : len(cases) * (index + 1) // parts])
+def part(items: Sequence[Item], index: int, parts: int) -> list[Item]:
+    """One of so many parts of cases or faults: neighbours, which are likely to share a compilation or a budget."""
+    return list(items[len(items) * index // parts : len(items) * (index + 1) // parts])
 
 
 def smallest_tier(patterns: Iterable[str]) -> str | None:

@@ -19,7 +19,8 @@ from trysquare_conformance.report.schema import Lane as LaneRow
 from trysquare_conformance.verdict import verdict
 
 CASES_PER_PROCESS = 64
-"""A compiled lane compiles one graph after the other: beyond this many cases it is given another core."""
+"""A compiled lane compiles one graph after the other, an interpreted one is slow: beyond this many cases each is given
+another core."""
 
 
 def run(
@@ -79,7 +80,8 @@ def _processes(runs: dict[Lane, list[Case]], options: Sequence[str], progress: P
     """One process a lane, or several where much is to be compiled; each with its share of the machine's threads."""
     cores = os.cpu_count() or 1
     for lane, cases in runs.items():
-        parts = min(cores, 1 + len(cases) // CASES_PER_PROCESS) if lane.backend == "compiled" else 1
+        slow = lane.backend == "compiled" or lane.environment
+        parts = min(cores, 1 + len(cases) // CASES_PER_PROCESS) if slow else 1
         for part in range(parts):
             worker = [sys.executable, "-m", "trysquare_conformance.worker", "--lane", lane.name, *options]
             own = ["--threads", str(max(1, cores // len(runs))), "--part", str(part), "--parts", str(parts)]

@@ -60,7 +60,8 @@ def main() -> None:
 
 
 def _plant(lane: Lane, options: argparse.Namespace, lines: TextIO) -> None:
-    for outcome in faults.plant(lane, faults.planted_in(lane, options.fault), options.budgets):
+    chosen = registry.part(faults.planted_in(lane, options.fault), options.part, options.parts)
+    for outcome in faults.plant(lane, chosen, options.budgets):
         _write(lines, {"event": "fault", "fault": outcome.fault.id, "caught": outcome.caught})
     _write(lines, {"event": "end", "witness": ""})
 
