@@ -176,6 +176,8 @@ def _recompiles(choice: Choice) -> bool:
 
 def _takes_long(choice: Choice) -> bool:
     """Whether Triton's interpreter takes seconds: for every launch of every bucket it takes milliseconds."""
+    if choice["kind"] == "free" and choice.get("inputs") == "missing":
+        return False  # the only one whose members are at different steps
     buckets = choice.get("family") == "several" or choice["kind"] == "model"
     products = choice["kind"] == "ortho" and choice.get("family") == "pair" and choice["steps"] > 1
     return buckets or products or choice["steps"] > 6
