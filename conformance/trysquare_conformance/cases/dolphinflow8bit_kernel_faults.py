@@ -32,7 +32,7 @@ def _step_faults() -> list[Fault]:  # noqa: C901  # a list, each entry a functio
         """(1 − β₂)·g²."""
         return lambda v, *rest: f(v * 0.0, *rest)
 
-    @plant(kernels, "mean_correction")
+    @plant(kernels, "mean_weight")
     def kernel_leaves_the_bias_of_the_first(_: Any) -> Any:
         """m̂ = m."""
         return lambda *_: 1.0

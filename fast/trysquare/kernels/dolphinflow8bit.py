@@ -20,7 +20,7 @@ from trysquare.kernels import projection
 from trysquare.kernels._arithmetic import address, clipped, moved, narrowed, quotient, widened
 from trysquare.kernels._launch import DTYPES, Table, floats, launch, warps
 from trysquare.kernels.blockwise8bit import BLOCK, block_absmax, coded, decoded
-from trysquare.kernels.moments import correction, denominator, mean_correction, second_moment
+from trysquare.kernels.moments import correction, denominator, mean_weight, second_moment
 from trysquare.kernels.projection import coefficient, subtract
 from trysquare.ops import blockwise8bit as format8bit
 from trysquare.ops import dolphinflow8bit as ops
@@ -367,7 +367,7 @@ def direction(m, v, step, numbers, STATE: tl.constexpr):
     """m̂/(√v̂ + ε)."""
     eps = tl.load(numbers + 3).to(STATE)
     below = denominator(v, eps, correction(step, tl.load(numbers + 6), STATE))
-    return quotient(m * mean_correction(step, tl.load(numbers + 5), STATE), below)
+    return quotient(m, below * mean_weight(step, tl.load(numbers + 5), STATE))
 
 
 @triton.jit

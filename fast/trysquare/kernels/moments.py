@@ -79,14 +79,14 @@ def second_moment(v, g, beta2, rest):
 def correction(step, log2_beta2, DTYPE: tl.constexpr):
     """1/√(1 − β₂ᵗ), from the address of t; in float64 until it is rounded."""
     t = tl.load(step)
-    return (1.0 / tl.sqrt(1.0 - tl.exp2(t * log2_beta2))).to(DTYPE)
+    return tl.rsqrt(1.0 - tl.exp2(t * log2_beta2)).to(DTYPE)
 
 
 @triton.jit
-def mean_correction(step, log2_beta1, DTYPE: tl.constexpr):
-    """1/(1 − β₁ᵗ), likewise."""
+def mean_weight(step, log2_beta1, DTYPE: tl.constexpr):
+    """1 − β₁ᵗ, likewise: what a mean is divided by."""
     t = tl.load(step)
-    return (1.0 / (1.0 - tl.exp2(t * log2_beta1))).to(DTYPE)
+    return (1.0 - tl.exp2(t * log2_beta1)).to(DTYPE)
 
 
 @triton.jit
