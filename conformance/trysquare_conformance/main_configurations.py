@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import trysquare
+from trysquare.ops import blockwise8bit
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -41,6 +42,7 @@ def configurations() -> Iterator[Configuration]:
     for (short, dtype), mode in product(DTYPES.items(), ("vector", "matrix", None)):
         step = partial(_step, trysquare.DolphinFlow8bit, SHAPES, dtype, ortho_mode=mode)
         yield Configuration("dolphinflow8bit", f"{mode}/{short}", step)
+    yield Configuration("blockwise8bit", "codes", _codes)
     for (short, dtype), batched in product(DTYPES.items(), (False, True)):
         yield Configuration("thorn", f"batched={batched}/{short}", partial(_thorn, dtype, batched))
     for short, dtype in DTYPES.items():
@@ -70,6 +72,15 @@ def _thorn(dtype: torch.dtype, batched: bool) -> None:
         for kind, shapes in kinds.items()
     ]
     trysquare.THORN(groups, backend="triton").step()
+
+
+def _codes() -> None:
+    from trysquare.kernels import blockwise8bit as kernels
+
+    values, qmap = torch.zeros(64, blockwise8bit.BLOCK), blockwise8bit.dynamic_map(True, torch.device("cpu"))
+    bounds = blockwise8bit.boundaries(qmap)
+    kernels.dequantize(*kernels.quantize_signed(values, bounds), qmap)
+    kernels.quantize_unsigned(values, bounds)
 
 
 def _stablemax(dtype: torch.dtype, **options: Any) -> None:

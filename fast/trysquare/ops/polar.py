@@ -134,7 +134,7 @@ def restarts(iters: int) -> tuple[int, ...]:
 
 def normalized(u: Tensor, safety_factor: Scalar, eps: Scalar, dtype: torch.dtype) -> Tensor:
     """u/((1 + safety)·max(‖u‖_F, ε)), rounded to ``dtype`` at the end."""
-    if u.device.type == "cpu" and not torch.compiler.is_compiling():  # where to look at a number is to wait for nothing
+    if _may_look(u.device):
         norm = _norm(u, None)
         if bool(((norm > PLAIN[0]) & (norm < PLAIN[1])).all()):
             return _divided(u, dtype, (1 + safety_factor) * norm.clamp(min=eps))
@@ -143,6 +143,11 @@ def normalized(u: Tensor, safety_factor: Scalar, eps: Scalar, dtype: torch.dtype
     norm = _norm(u, largest)
     norm = torch.maximum(norm, eps / largest.to(norm.dtype)).clamp(min=1.0)  # which it is but for zero
     return _divided(u, dtype, largest, (1 + safety_factor) * norm)
+
+
+def _may_look(device: torch.device) -> bool:
+    """Whether to look at a number is to wait for nothing."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _norm(u: Tensor, largest: Tensor | None) -> Tensor:
