@@ -44,8 +44,9 @@ def test_every_rival_learns_the_text_from_every_seed(result: dict[str, Any]) -> 
 def test_the_memory_is_told_beside_the_learning_rate(result: dict[str, Any]) -> None:
     """The scratch is that of a second step: the first one makes the state as well."""
     for experiment, task in zip(result["experiments"], (Addition(), TINY), strict=True):
-        whole, same, tenfold = experiment["rows"]
-        assert [row["lr"] for row in (whole, same, tenfold)] == [1e-3, 1e-3, 1e-2]
+        whole, same, tenfold, uncoded = experiment["rows"]
+        assert [row["lr"] for row in (whole, same, tenfold, uncoded)] == [1e-3, 1e-3, 1e-2, 1e-2]
+        assert uncoded["state_bytes"] == whole["state_bytes"]
         sizes = [p.numel() for p in task.model(0).parameters()]
         assert whole["state_bytes"] == sum(8 * size + 8 for size in sizes)
         assert same["state_bytes"] == tenfold["state_bytes"] < 0.27 * whole["state_bytes"]

@@ -2,19 +2,22 @@
 
 Two tasks, modular addition and the language model, without weight decay. DolphinFlow's momentum is a sum, ten times as
 long under a steady gradient as the mean that DolphinFlow8bit keeps; so DolphinFlow8bit is trained at DolphinFlow's own
-learning rate, as by somebody who only replaces the name, and at ten times it, where both move equally far.
+learning rate, as by somebody who only replaces the name, and at ten times it, where both move equally far. There it is
+trained once more with its moments left in float32, which tells what the codes cost from what the momentum does.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
 from torch import nn
 
-from trysquare import DolphinFlow, DolphinFlow8bit
+from trysquare import DolphinFlow, DolphinFlow8bit, _coded_state
 from trysquare_conformance.demo.addition import Addition, percent
 from trysquare_conformance.demo.pictures import drawing
 from trysquare_conformance.demo.text import SHORT
@@ -60,10 +63,20 @@ class Rival:
         return [self.optimizer(model.parameters(), lr=self.factor * lr, weight_decay=0.0)]  # type: ignore[call-arg]
 
 
+class Uncoded(DolphinFlow8bit):
+    """DolphinFlow8bit with moments in float32, as if every parameter were too small for codes."""
+
+    def step(self, closure: Any = None) -> Any:
+        """Take one step."""
+        with patch.object(_coded_state, "SMALLEST_CODED", sys.maxsize):
+            return super().step(closure)
+
+
 RIVALS = (
     Rival("DolphinFlow", DolphinFlow, 1, "#0072b2"),
     Rival("DolphinFlow8bit", DolphinFlow8bit, 1, "#e69f00"),
     Rival("DolphinFlow8bit, 10 × lr", DolphinFlow8bit, 10, "#d55e00"),
+    Rival("DolphinFlow8bit not coded, 10 × lr", Uncoded, 10, "#009e73"),
 )
 
 
