@@ -53,7 +53,7 @@ class CodedWindows(LossAware):
             return _backend.run(chosen, ops.orthogonalized, *arguments, dtype), None, None
         if mode == "vector":
             arguments = theta, gradient, scale, dtype
-            return gradient, scale, _backend.run(chosen, projected.row_coefficient, *arguments)
+            return gradient, scale, _backend.run(chosen, ops.row_coefficient, *arguments)
         return gradient, scale, None
 
     def _move_coded(self, batch: Batch, member: int, scale: Tensor | None, finite: Tensor | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -230,10 +230,10 @@ class DolphinFlow(LossAware):
         rule = _rule(group, first)
         scale = None if scale is None else scale.to(first.device)
         corrections = self._corrections(batch) if rule.adaptive_lr and rule.bias_correction else None
-        found = None if measured is None else iter(self._scaled(measured, scale, first))
+        found = None if measured is None else iter(_scaled(measured, scale, first))
         numbers = self._numbers(group, scale, first)
         for pieces in self._together(batch):
-            each = [self._operands(rule, piece, scale, corrections, found) for piece in pieces]
+            each = [_operands(piece, corrections, None if found is None else next(found)) for piece in pieces]
             before = [piece.snapshot(finite) for piece in pieces]
             _backend.run_each(self._chosen(first.device), ops.update_, each, *numbers, rule)
             for piece in pieces:
@@ -241,35 +241,10 @@ class DolphinFlow(LossAware):
                 piece.store()
             del piece, each  # copies are gone before the next are made
 
-    def _operands(
-        self,
-        rule: ops.Rule,
-        piece: Piece,
-        scale: Tensor | None,
-        corrections: Tensor | None,
-        found: Iterator[Tensor] | None,
-    ) -> tuple[Tensor | None, ...]:
-        gradient, theta, momentum_buffer, *rest = piece.operands
-        correction = None if corrections is None else corrections[piece.members]
-        coefficient = None
-        if rule.projects_gradient:
-            coefficient = self._coefficient(piece, scale) if found is None else next(found)
-        return theta, gradient, momentum_buffer, rest[0] if rest else None, correction, coefficient
-
     def _corrections(self, batch: Batch) -> Tensor:
         """1/√(1 − β₂ᵗ) of every member, (B, 1, 1)."""
         steps = torch.stack(batch.state["step"])
         return moments.correction(steps, batch.group["beta2"], arithmetic(batch.parameters[0]))
-
-    def _scaled(self, measured: list[Tensor], scale: Tensor | None, parameter: Tensor) -> list[Tensor]:
-        """Coefficients of the clipped gradient from those of the gradient."""
-        dtype = arithmetic(parameter)
-        return [(found if scale is None else found * scale).to(dtype) for found in measured]
-
-    def _coefficient(self, piece: Piece, scale: Tensor | None) -> Tensor:
-        gradient, theta, momentum_buffer = piece.operands[:3]
-        arguments = theta, gradient, scale, momentum_buffer.dtype
-        return cast("Tensor", _backend.run(self._chosen(theta.device), ops.row_coefficient, *arguments))
 
     def _numbers(self, group: Group, scale: Tensor | None, parameter: Tensor) -> list[Any]:
         """Clipping factor, η, λ, μ, ε, β₂ and 1 − β₂ in the dtype of the arithmetic."""
@@ -296,3 +271,16 @@ def _mode(group: Group, parameter: Tensor) -> str | None:
 def _rule(group: Group, parameter: Tensor) -> ops.Rule:
     names = ("project", "adaptive_lr", "bias_correction", "ns_steps")
     return ops.Rule(_mode(group, parameter), *(group[name] for name in names))
+
+
+def _operands(piece: Piece, corrections: Tensor | None, coefficient: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What an update gets of a piece."""
+    gradient, theta, momentum_buffer, *rest = piece.operands
+    correction = None if corrections is None else corrections[piece.members]
+    return theta, gradient, momentum_buffer, rest[0] if rest else None, correction, coefficient
+
+
+def _scaled(measured: list[Tensor], scale: Tensor | None, parameter: Tensor) -> list[Tensor]:
+    """Coefficients of the clipped gradient from those of the gradient."""
+    dtype = arithmetic(parameter)
+    return [(found if scale is None else found * scale).to(dtype) for found in measured]

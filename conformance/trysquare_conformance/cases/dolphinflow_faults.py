@@ -283,14 +283,16 @@ def projection_missing(f: Any) -> Any:
     return lambda g, w: f(g, w) * 0.0
 
 
-@plant(ops, "row_coefficient")
-def projection_of_unclipped(_: Any) -> Any:
+@plant(ops, "update_")
+def projection_of_unclipped(f: Any) -> Any:
     """The coefficient from the gradient before it is clipped."""
-    return _row_coefficient_of_unclipped
 
+    def update_(theta: Tensor, gradient: Tensor, m: Tensor, v: Any, correction: Any, known: Any, *rest: Any) -> None:
+        if rest[-1].projects_gradient:
+            known = projection.gradient_coefficient(gradient.to(m.dtype), theta.to(m.dtype))
+        f(theta, gradient, m, v, correction, known, *rest)
 
-def _row_coefficient_of_unclipped(theta: Tensor, gradient: Tensor, _: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return projection.gradient_coefficient(gradient.to(dtype), theta.to(dtype))
+    return update_
 
 
 @plant(projection, "subtract_")

@@ -32,11 +32,6 @@ def clipped(gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tenso
     return wide if scale is None else wide * scale
 
 
-def row_coefficient(theta: Tensor, gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """How much of every row of θ the clipped gradient holds, shape (B, R, 1)."""
-    return projection.gradient_coefficient(clipped(gradient, scale, dtype), theta.to(dtype))
-
-
 def measure(theta: Tensor, gradient: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
     """The coefficient of every row for the gradient as it is, (B, R, 1), and Σg², in one pass over both tensors.
 
@@ -69,15 +64,17 @@ def update_(
 ) -> None:
     """Steps ``theta``, ``momentum_buffer`` and ``exp_avg_sq``, each (B, R, C), in place; ``gradient`` is only read.
 
-    ``correction`` is that of the second moment, ``coefficient`` what `row_coefficient` found (None: no projection of
-    the gradient), ``scale`` the clipping factor (None: 1) and ``rest`` 1 − β₂. Arithmetic is that of the state.
+    ``correction`` is that of the second moment, ``coefficient`` how much of every row of θ the clipped gradient holds,
+    if that is known already, ``scale`` the clipping factor (None: 1) and ``rest`` 1 − β₂. Arithmetic is that of the
+    state.
     """
     wide = theta.to(momentum_buffer.dtype)
     g = clipped(gradient, scale, wide.dtype)
-    if coefficient is not None:
-        g = projection.subtract_(g.clone() if g is gradient else g, wide, coefficient)
+    if rule.ortho_mode == "vector" and rule.project == "gradient":  # no property: torch 2.6 cannot trace one here
+        along = projection.gradient_coefficient(g, wide) if coefficient is None else coefficient
+        g = projection.subtract_(g.clone() if g is gradient else g, wide, along)
     u = moments.nesterov_(momentum_buffer, g, momentum)
-    if rule.ortho_mode == "vector" and rule.project == "update":  # no property: torch 2.6 cannot trace one here
+    if rule.ortho_mode == "vector" and rule.project == "update":
         u = projection.project_update_rows_(u, wide, eps)
     if rule.ortho_mode == "matrix":
         u = polar.newton_schulz(u, rule.ns_steps, eps)

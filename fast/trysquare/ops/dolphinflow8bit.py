@@ -15,6 +15,11 @@ def orthogonalized(gradient: Tensor, scale: Tensor | None, steps: int, eps: Scal
     return polar.newton_schulz(clipped(gradient, scale, dtype), steps, eps)
 
 
+def row_coefficient(theta: Tensor, gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """How much of every row of θ the clipped gradient holds, shape (B, R, 1)."""
+    return projection.gradient_coefficient(clipped(gradient, scale, dtype), theta.to(dtype))
+
+
 def direction(theta: Tensor, gradient: Tensor, scale: Tensor | None, coefficient: Tensor | None) -> Tensor:
     """g̃ in the dtype of θ: the gradient clipped, and projected off θ by what `row_coefficient` found.
 

@@ -32,8 +32,8 @@ def gradient_coefficient(g: Tensor, w: Tensor) -> Tensor:
 
 def coefficient(along: Tensor, square: Tensor) -> Tensor:
     """The same from ⟨w,g⟩ and ⟨w,w⟩."""
-    inside = (square >= SMALLEST_SQUARE) & (square <= LARGEST_SQUARE)
-    return torch.where(inside, along / (square + SMALLEST_SQUARE), 0.0)
+    outside = square.clamp(SMALLEST_SQUARE, LARGEST_SQUARE) != square  # as NaN is, too
+    return torch.where(outside, 0.0, along / (square + SMALLEST_SQUARE))
 
 
 def update_coefficient(u: Tensor, w: Tensor, eps: Scalar) -> Tensor:
@@ -45,9 +45,11 @@ def update_coefficient(u: Tensor, w: Tensor, eps: Scalar) -> Tensor:
 def row_products(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """⟨w,x⟩ and ⟨w,w⟩ of every row, each of shape (B, R, 1).
 
-    Stacked, because inductor then takes both sums in one loop over the row; on torch 2.13 its CPU code generation
-    fails on the direct form.
+    Compiled they are stacked, because inductor then takes both sums in one loop over the row; on torch 2.13 its CPU
+    code generation fails on the direct form. Eager, a length needs no product in memory.
     """
+    if not torch.compiler.is_compiling():
+        return (w * x).sum(-1, keepdim=True), torch.linalg.vector_norm(w, dim=-1, keepdim=True).square_()
     products = torch.stack([(w * x).sum(-1, keepdim=True), (w * w).sum(-1, keepdim=True)])
     return products[0], products[1]
 
