@@ -20,6 +20,10 @@ OLDEST_CAPABILITY = (7, 0)
 TOGETHER = 4
 """Sets of arguments that share one call of a compiled update, at most."""
 
+INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.min_chunk_size": 0}
+"""Loops on a CPU are always shared among the threads. Else inductor decides that by the first shapes which it sees, for
+all that follow: where those are small, a large tensor is stepped by one thread, even by a later process (its cache)."""
+
 calls: Counter[tuple[str, str]] = Counter()
 """How often each (backend, function) ran outside a trace: the witness that a backend was really used."""
 
@@ -159,7 +163,7 @@ def _compiled_once(function: Callable[..., Any], count: int, own: int, *static: 
     whole = function if count == 1 else _several(function, count, own)
     code = whole.__code__.replace(co_name=f"{function.__name__}_{abs(hash((count, own, static))):x}")
     renamed = types.FunctionType(code, whole.__globals__, closure=whole.__closure__)
-    return torch.compile(renamed, dynamic=True, fullgraph=True)
+    return torch.compile(renamed, dynamic=True, fullgraph=True, options=INDUCTOR)
 
 
 def _several(function: Callable[..., Any], count: int, own: int) -> Callable[..., Any]:

@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
+from torch._inductor.utils import run_and_get_cpp_code
 
 from trysquare import DolphinFlow, _backend
 from trysquare_conformance.behaviour import (
@@ -240,3 +243,22 @@ def test_a_compilation_that_fails_is_not_replaced(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(NotImplementedError, match="no compiler"):
         optimizer.step()
     assert [bits(p) for p in all_parameters(optimizer)] == before
+
+
+def test_a_compilation_that_small_tensors_ask_for_shares_large_ones_among_threads() -> None:
+    """Inductor takes the first shapes that it sees for typical: serial loops would stay so for all that follow."""
+    parameter = torch.nn.Parameter(torch.ones(3, 2))
+    parameter.grad = torch.ones(3, 2)
+    optimizer = DolphinFlow([parameter], backend="compiled")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    _backend.forget_compilations()
+    try:
+        with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+            _, code = run_and_get_cpp_code(optimizer.step)
+    finally:
+        torch.set_num_threads(threads)
+        _backend.forget_compilations()
+    kernels = code.split('extern "C"')[1:]
+    assert kernels
+    assert all("#pragma omp parallel" in kernel for kernel in kernels), code
