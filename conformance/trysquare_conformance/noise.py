@@ -35,6 +35,8 @@ import numpy as np
 
 Plain: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
+_DOUBLE = np.dtype(np.float64)
+
 LONGEST_CHAIN = 512
 """Terms that code adds up in one chain at most: longer sums are blocked, and their error grows no further."""
 
@@ -110,7 +112,7 @@ class Source:
             significand = math.frexp(value)[0] / u if math.isfinite(value) else 0.0
             exact = significand == math.floor(significand) and abs(value) >= self.arithmetic.smallest
             x = np.asarray(value)
-            self._constants[value] = _perturb(x, u * np.abs(x), np.asarray(exact), self.arithmetic, self.key())
+            self._constants[value] = _perturb(x, u * x, np.asarray(exact), self.arithmetic, self.key())
         return self._constants[value]
 
 
@@ -149,7 +151,8 @@ def computed_in(arithmetic: Arithmetic, function: Callable[..., Any], x: Plain, 
     if not isinstance(x, Noisy):
         return function(x, *arguments)
     inner = _Inner(arithmetic, x.source)
-    rounded = _perturb(np.asarray(x), arithmetic.elementwise * np.abs(x), np.asarray(x == 0), arithmetic, inner.key())
+    plain = np.asarray(x)
+    rounded = _perturb(plain, arithmetic.elementwise * plain, plain == 0, arithmetic, inner.key())
     return _wrap(np.asarray(function(_wrap(rounded, inner), *arguments)), x.source)
 
 
@@ -223,7 +226,7 @@ _LIBRARY = {np.exp, np.expm1, np.exp2, np.log, np.log1p, np.log2, np.log10, np.t
 
 def _wrap(result: Any, source: Source) -> Any:
     """Floats become noisy arrays, 0-dimensional ones too; booleans, integers and shapes are plain."""
-    if getattr(result, "dtype", None) != np.float64:
+    if not (hasattr(result, "dtype") and result.dtype == _DOUBLE):
         return np.asarray(result) if isinstance(result, Noisy) else result
     wrapped = np.asarray(result).view(Noisy)
     wrapped.source = source
@@ -268,7 +271,7 @@ def _call(ufunc: np.ufunc, arithmetic: Arithmetic, source: Source, inputs: Any, 
     if ufunc not in _ROUNDED and ufunc not in _LIBRARY:
         raise TypeError(f"np.{ufunc.__name__} has no noise model: add it to noise.py if its error is known")
     u = arithmetic.elementwise * (2 if ufunc in _LIBRARY else 1)
-    return _perturb(result, u * np.abs(result), _is_exact(ufunc, operands), arithmetic, source.key())
+    return _perturb(result, u * result, _is_exact(ufunc, operands), arithmetic, source.key())
 
 
 def _reduce(ufunc: np.ufunc, arithmetic: Arithmetic, source: Source, inputs: Any, options: dict[str, Any]) -> Any:
@@ -286,7 +289,7 @@ def _reduce(ufunc: np.ufunc, arithmetic: Arithmetic, source: Source, inputs: Any
 def _product(arithmetic: Arithmetic, source: Source, a: Plain, b: Plain) -> Plain:
     if arithmetic.product_input:
         key = source.key()  # one for both sides: in X @ X.T an entry is rounded alike in either place
-        a, b = (_perturb(x, arithmetic.product_input * np.abs(x), x == 0, arithmetic, key) for x in (a, b))
+        a, b = (_perturb(x, arithmetic.product_input * x, x == 0, arithmetic, key) for x in (a, b))
     squares = np.matmul(a * a, b * b)
     return _accumulated(np.matmul(a, b), squares, a.shape[-1], False, arithmetic, source.key())
 
@@ -300,20 +303,33 @@ def _accumulated(
     drift = np.where(equal, min(terms, 256) / 4, math.sqrt(min(terms, 128) / 3)) * size
     walk = np.sqrt(min(terms, LONGEST_CHAIN) * squares + drift * drift)
     amplitude = arithmetic.accumulate * (walk + size) + arithmetic.product_output * size
-    return _perturb(result, amplitude, np.asarray(exact), arithmetic, key)
+    return _perturb(result, np.copysign(amplitude, result), np.asarray(exact), arithmetic, key)
 
 
-def _perturb(x: Plain, amplitude: Plain, exact: Plain, arithmetic: Arithmetic, key: np.uint64) -> Plain:
-    """Add an error up to `amplitude` where the operation is not exact, and keep to the range of the format."""
+def _perturb(x: Plain, amplitude: Plain, exact: Plain | None, arithmetic: Arithmetic, key: np.uint64) -> Plain:
+    """Add an error up to `amplitude`, which has the sign of x, where the operation is not exact (None: it never is).
+
+    What leaves the range of the format becomes infinite, or is off by half its smallest number.
+    """
     error = _hash(x, key)
-    y = np.copysign(amplitude, x) * error
+    y = amplitude * error
     y += x
     above = _magnitude(y)
+    if _is_ordinary(above, arithmetic):
+        return y if exact is None else np.where(exact, x, y)
+    exact = np.asarray(False) if exact is None else exact
     error *= arithmetic.smallest / 2
     above += error
     np.maximum(above, 0.0, out=above)  # what underflows keeps its sign
     above[above > arithmetic.largest] = np.inf
     return np.where(exact | ~np.isfinite(x) | (y == 0), x, np.copysign(above, y))
+
+
+def _is_ordinary(magnitude: Plain, arithmetic: Arithmetic) -> bool:
+    """Whether all of it is finite, and so large that in float64 half the smallest number of the format is nothing."""
+    if not magnitude.size or np.minimum.reduce(magnitude, axis=None) <= arithmetic.smallest * 2.0**54:
+        return False
+    return bool(np.maximum.reduce(magnitude, axis=None) <= arithmetic.largest)
 
 
 def _hash(x: Plain, key: np.uint64) -> Plain:
@@ -324,26 +340,25 @@ def _hash(x: Plain, key: np.uint64) -> Plain:
     z ^= z >> _HALF
     z *= _SECOND_FACTOR
     z >>= _EXPONENT_BITS
-    z |= _EXPONENT_OF_ONE
+    z |= _EXPONENT_OF_TWO
     uniform = z.view(np.float64)
-    uniform *= 2
     uniform -= 3
     return uniform
 
 
-# Of SplitMix64; the top 52 bits become the significand of a number in [1, 2).
+# Of SplitMix64; the top 52 bits become the significand of a number in [2, 4).
 _FIRST_FACTOR, _SECOND_FACTOR = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_HALF, _EXPONENT_BITS, _EXPONENT_OF_ONE = np.uint64(32), np.uint64(12), np.uint64(0x3FF0000000000000)
+_HALF, _EXPONENT_BITS, _EXPONENT_OF_TWO = np.uint64(32), np.uint64(12), np.uint64(0x4000000000000000)
 _SIGNIFICAND = np.uint64(0x000FFFFFFFFFFFFF)
 
 
 def _magnitude(x: Plain) -> Plain:
     """|x| as a new array, also when x is 0-dimensional (NumPy would give a scalar, which cannot change in place)."""
-    magnitude: Plain = np.abs(x, out=np.empty(np.shape(x)))
+    magnitude: Plain = np.abs(x, out=np.empty(x.shape))
     return magnitude
 
 
-def _is_exact(ufunc: np.ufunc, operands: list[Plain]) -> Plain:
+def _is_exact(ufunc: np.ufunc, operands: list[Plain]) -> Plain | None:
     """Where the operation has no rounding error whatever the format: the other operand says so."""
     if ufunc is np.add or ufunc is np.subtract:
         return np.asarray((operands[0] == 0) | (operands[1] == 0))
@@ -351,7 +366,7 @@ def _is_exact(ufunc: np.ufunc, operands: list[Plain]) -> Plain:
         return _any_power_of_two(*operands)
     if ufunc is np.divide:
         return _is_power_of_two(operands[1])
-    return np.asarray(False)
+    return None
 
 
 def _any_power_of_two(a: Plain, b: Plain) -> Plain:
