@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,8 +19,7 @@ from trysquare_conformance.report.schema import Lane as LaneRow
 from trysquare_conformance.verdict import verdict
 
 CASES_PER_PROCESS = 64
-"""A compiled lane compiles one graph after the other, an interpreted one is slow: beyond this many cases each is given
-another core."""
+"""Beyond this many cases a lane is given another core."""
 
 
 def run(
@@ -49,7 +48,7 @@ def run(
     runs = {lane: cases for lane, cases in wanted.items() if reasons[lane.name] is None}
     options = ["--tier", tier, *(f"--case={pattern}" for pattern in patterns)]
     with tempfile.TemporaryDirectory(prefix="trysquare-") as budgets:
-        processes = list(_processes(runs, [*options, "--budgets", budgets], progress))
+        processes = _processes(runs, [*options, "--budgets", budgets], progress)
         rows = _run_all(processes)
         planted = faults.run(fault_lanes, progress=progress, budgets=Path(budgets)) if fault_lanes else []
     kernels = ahead_of_time.run(progress=progress) if compile_kernels else None
@@ -76,23 +75,36 @@ def _nothing_to_do(cases: Sequence[Case]) -> str | None:
     return None if cases else "no case was selected"
 
 
-def _processes(runs: dict[Lane, list[Case]], options: Sequence[str], progress: Progress) -> Iterator[LaneProcess]:
-    """One process a lane, or several where much is to be compiled; each with its share of the machine's threads."""
+def _processes(runs: dict[Lane, list[Case]], options: Sequence[str], progress: Progress) -> list[LaneProcess]:
+    """A process or several for each lane, each with its share of the machine's threads."""
     cores = os.cpu_count() or 1
-    for lane, cases in runs.items():
-        slow = lane.backend == "compiled" or lane.environment
-        parts = min(cores, 1 + len(cases) // CASES_PER_PROCESS) if slow else 1
-        for part in range(parts):
-            worker = [sys.executable, "-m", "trysquare_conformance.worker", "--lane", lane.name, *options]
-            own = ["--threads", str(max(1, cores // len(runs))), "--part", str(part), "--parts", str(parts)]
-            name = lane.name if parts == 1 else f"{lane.name} {part + 1}/{parts}"
-            yield LaneProcess(name, lane, registry.part(cases, part, parts), [*worker, *own], progress)
+    parts = {lane: min(cores, 1 + len(cases) // CASES_PER_PROCESS) for lane, cases in runs.items()}
+    own = f"--threads={max(1, cores // max(1, sum(parts.values())))}"
+    return [
+        _process(lane, registry.part(cases, part, parts[lane]), part, parts[lane], [*options, own], progress)
+        for lane, cases in runs.items()
+        for part in range(parts[lane])
+    ]
+
+
+def _process(
+    lane: Lane, cases: Sequence[Case], part: int, parts: int, options: Sequence[str], progress: Progress
+) -> LaneProcess:
+    worker = [sys.executable, "-m", "trysquare_conformance.worker", "--lane", lane.name, *options]
+    name = lane.name if parts == 1 else f"{lane.name} {part + 1}/{parts}"
+    return LaneProcess(name, lane, cases, [*worker, f"--part={part}", f"--parts={parts}"], progress)
 
 
 def _run_all(processes: Sequence[LaneProcess]) -> list[Row]:
-    """All processes, as many at once as there are cores; they share the budgets that the first of them measures."""
+    """All processes, as many at once as there are cores, the long ones first; they share the budgets they measure."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [row for rows in pool.map(LaneProcess.run, processes) for row in rows]
+        running = {process.name: pool.submit(process.run) for process in sorted(processes, key=_is_quick)}
+        return [row for process in processes for row in running[process.name].result()]
+
+
+def _is_quick(process: LaneProcess) -> bool:
+    """Whether nothing is compiled: short work comes last, to fill up what the long leaves free."""
+    return process.lane.backend == "eager"
 
 
 def _lane_row(lane: Lane, reason: str | None, processes: Sequence[LaneProcess] = ()) -> LaneRow:
