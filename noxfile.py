@@ -150,7 +150,8 @@ def tests(session: nox.Session) -> None:
 @nox.parametrize("version", [SUPPORTED["oldest"], SUPPORTED["default"]])
 def torch(session: nox.Session, version: str) -> None:
     """The pytest suite on a real install of the oldest supported and of the default torch."""
-    install_pinned(session, version, "-e", ".[verify]", *nox.project.dependency_groups(PROJECT, "test"))
+    own = [OLD_NUMPY] if version == SUPPORTED["oldest"] else []
+    install_pinned(session, version, "-e", ".[verify]", *nox.project.dependency_groups(PROJECT, "test"), *own)
     environment = {"TRYSQUARE_ORACLES": oracles(session), "OMP_NUM_THREADS": "1"}
     session.run("python", "-m", "pytest", *WORKERS, *session.posargs, env=environment)
 

@@ -190,7 +190,8 @@ def compile_for(request: Request, target: str) -> Kernel:
         made = triton.compile(_source(request, gpu), target=gpu, options=dict(request.options))
         taken = _of_cubin(made.asm["cubin"]) if backend == "cuda" else _of_assembly(made.asm["amdgcn"])
     except Exception as error:  # noqa: BLE001  # whatever the compiler says is the answer
-        return request.row(target, error=f"{type(error).__name__}: {error}")
+        because = f" ({error.__cause__})" if error.__cause__ else ""
+        return request.row(target, error=f"{type(error).__name__}: {error}{because}")
     spilled = any(taken[name] for name in ("local", "stack", "spills"))
     return request.row(target, status="spills" if spilled else "fits", shared=made.metadata.shared, **taken)
 

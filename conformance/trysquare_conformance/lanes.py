@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -32,7 +33,10 @@ def _cuda() -> str | None:
 
 def _accelerator(kind: str) -> Callable[[], str | None]:
     def available() -> str | None:
-        found = torch.accelerator.current_accelerator()
+        try:
+            found = torch.accelerator.current_accelerator()
+        except RuntimeError:  # torch 2.6 has no other way to say that there is none
+            found = None
         return None if found is not None and found.type == kind else f"torch.accelerator finds no {kind} device"
 
     return available
@@ -63,7 +67,15 @@ def _compiled_cuda() -> str | None:
 
 
 def _triton_interpreter() -> str | None:
-    return None if importlib.util.find_spec("triton") else "Triton is not installed (pip install 'trysquare[triton]')"
+    if not importlib.util.find_spec("triton"):
+        return "Triton is not installed (pip install 'trysquare[triton]')"
+    if _version("triton") < (3, 3) and _version("numpy") >= (2, 4):
+        return "the interpreter of Triton 3.2 takes an array of one element for a number, which NumPy 2.4 refuses"
+    return None
+
+
+def _version(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
 
 
 def _triton_cuda() -> str | None:

@@ -118,7 +118,7 @@ class CodedWindows(LossAware):
         size = blockwise8bit.BLOCK
         blocks = Span(span.start // size, -(-span.stop // size))
         written = [Window(theta, span, size)]
-        for (codes, absmax), zero in zip(held, ZEROS, strict=False):
+        for (codes, absmax), zero in zip(held, ZEROS[: len(held)], strict=True):
             written += [Window(codes, span, size, zero), Window(absmax, blocks, 1)]
         values = [window.values for window in written]
         before = [] if cut.finite is None else [value.clone() for value in values]
@@ -129,8 +129,8 @@ class CodedWindows(LossAware):
         chosen = self._chosen(theta.device)
         update = _bitsandbytes.update_coded_ if chosen == "bitsandbytes" else ops.update_coded_
         _backend.run(chosen, update, values[0], *arguments, *cut.numbers)
-        for window, old in zip(written, before, strict=False):
-            window.values.copy_(torch.where(cast("Tensor", cut.finite).to(old.device), window.values, old))
+        for value, old in zip(values[: len(before)], before, strict=True):  # torch 2.6 traces no other zip
+            value.copy_(torch.where(cast("Tensor", cut.finite).to(old.device), value, old))
         for window in written:
             window.store()
 
