@@ -163,7 +163,7 @@ class Hunt:
 
     def catch(self, fault: Fault) -> Row | None:
         """The first row that is no longer right under the fault."""
-        for case in registry.select(self.tier, [f"{fault.algorithm}/*"], self.lane.name):
+        for case in self._cases(f"{fault.algorithm}/*"):
             if not self._is_sound(case):
                 continue
             with fault.planted():
@@ -171,6 +171,15 @@ class Hunt:
             if found["status"] != "right":
                 return found
         return None
+
+    def _cases(self, glob: str) -> list[Case]:
+        """Those of the tier; in a compiled lane then those too that come in a later tier only there."""
+        first = registry.select(self.tier, [glob], self.lane.name)
+        if self.lane.backend != "compiled":
+            return first
+        known = {case.id for case in first}
+        late = (case for case in registry.select(self.tier, [glob]) if case.id not in known)
+        return first + [case for case in late if case.runs_in(self.lane.name) and self.lane.holds(case.dtype)]
 
     def _is_sound(self, case: Case) -> bool:
         if case.id not in self._sound:
