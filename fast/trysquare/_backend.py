@@ -20,9 +20,16 @@ OLDEST_CAPABILITY = (7, 0)
 TOGETHER = 4
 """Sets of arguments that share one call of a compiled update, at most."""
 
-INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.min_chunk_size": 0}
-"""Loops on a CPU are always shared among the threads. Else inductor decides that by the first shapes which it sees, for
-all that follow: where those are small, a large tensor is stepped by one thread, even by a later process (its cache)."""
+SHARED = 1 << 15
+"""Elements from which the loops of a compiled update on a CPU are shared among the threads: below, waking them takes
+longer. Inductor would decide that by the first shapes which it sees, for all that follow: where those are small, a
+large tensor is stepped by one thread, even by a later process, for its cache knows no sizes."""
+
+CHUNKS: dict[bool, dict[str, str | int | bool | Callable[..., Any]]] = {
+    True: {"cpp.min_chunk_size": 0},
+    False: {"cpp.min_chunk_size": 1 << 60},
+}
+"""By whether loops are shared: how much of one inductor leaves to a thread at least."""
 
 calls: Counter[tuple[str, str]] = Counter()
 """How often each (backend, function) ran outside a trace: the witness that a backend was really used."""
@@ -134,9 +141,13 @@ def _seen(arg: Any) -> Any:
     return arg.dtype, arg.device, arg.shape, arg.is_contiguous()
 
 
+def _is_tensor(seen: Any) -> bool:
+    return isinstance(seen, tuple) and len(seen) == 4 and isinstance(seen[0], torch.dtype)
+
+
 def _static(seen: Any) -> Any:
     """What a compilation specialises on: all of an argument, or of a tensor what torch.compile does not keep open."""
-    if not (isinstance(seen, tuple) and len(seen) == 4 and isinstance(seen[0], torch.dtype)):
+    if not _is_tensor(seen):
         return seen
     dtype, device, shape, contiguous = seen
     return dtype, device.type, tuple(size == 1 for size in shape), contiguous
@@ -150,20 +161,27 @@ def _detached(arg: Any) -> Any:
 @functools.lru_cache(maxsize=4096)
 def _compiled(function: Callable[..., Any], count: int, own: int, *seen: Any) -> Callable[..., Any]:
     """The compilation for arguments like these, found by their shapes: a step asks for the same few every time."""
-    return _compiled_once(function, count, own, *map(_static, seen))
+    shared = any(_is_shared(*arg) for arg in seen if _is_tensor(arg))
+    return _compiled_once(function, count, own, shared, *map(_static, seen))
+
+
+def _is_shared(_: torch.dtype, device: torch.device, shape: torch.Size, *__: bool) -> bool:
+    return device.type == "cpu" and shape.numel() >= SHARED
 
 
 @functools.cache
-def _compiled_once(function: Callable[..., Any], count: int, own: int, *static: Any) -> Callable[..., Any]:
+def _compiled_once(
+    function: Callable[..., Any], count: int, own: int, shared: bool, *static: Any
+) -> Callable[..., Any]:
     """``function``, on ``count`` sets of ``own`` arguments at once, compiled for dynamic shapes.
 
     It has a code object of its own: torch.compile keeps its compilations by code object and stops compiling one after a
     handful; with one for every rule and dtype a program with many kinds of groups still runs what it asked for.
     """
     whole = function if count == 1 else _several(function, count, own)
-    code = whole.__code__.replace(co_name=f"{function.__name__}_{abs(hash((count, own, static))):x}")
+    code = whole.__code__.replace(co_name=f"{function.__name__}_{abs(hash((count, own, shared, static))):x}")
     renamed = types.FunctionType(code, whole.__globals__, closure=whole.__closure__)
-    return torch.compile(renamed, dynamic=True, fullgraph=True, options=INDUCTOR)
+    return torch.compile(renamed, dynamic=True, fullgraph=True, options=CHUNKS[shared])
 
 
 def _several(function: Callable[..., Any], count: int, own: int) -> Callable[..., Any]:

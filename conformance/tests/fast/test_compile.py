@@ -245,11 +245,10 @@ def test_a_compilation_that_fails_is_not_replaced(monkeypatch: pytest.MonkeyPatc
     assert [bits(p) for p in all_parameters(optimizer)] == before
 
 
-def test_a_compilation_that_small_tensors_ask_for_shares_large_ones_among_threads() -> None:
+@pytest.mark.parametrize("shape", [(3, 2), (256, 128)])
+def test_loops_over_large_tensors_are_shared_among_threads_and_no_others(shape: tuple[int, int]) -> None:
     """Inductor takes the first shapes that it sees for typical: serial loops would stay so for all that follow."""
-    parameter = torch.nn.Parameter(torch.ones(3, 2))
-    parameter.grad = torch.ones(3, 2)
-    optimizer = DolphinFlow([parameter], backend="compiled")
+    optimizer = DolphinFlow(parameters([shape]), backend="compiled")
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     _backend.forget_compilations()
@@ -261,4 +260,4 @@ def test_a_compilation_that_small_tensors_ask_for_shares_large_ones_among_thread
         _backend.forget_compilations()
     kernels = code.split('extern "C"')[1:]
     assert kernels
-    assert all("#pragma omp parallel" in kernel for kernel in kernels), code
+    assert {"#pragma omp parallel" in kernel for kernel in kernels} == {shape == (256, 128)}
