@@ -134,24 +134,23 @@ class _KernelIndexLosses(Function):
         label_smoothing: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        from trysquare.kernels import stablemax as kernels
+        from trysquare.kernels import stablemax, stablemax_problem
 
-        losses, normalizer = kernels.losses(
-            kernels.problem_of(x, target, weight, ignore_index, label_smoothing, dtype)
-        )
+        problem = stablemax_problem.problem_of(x, target, weight, ignore_index, label_smoothing, dtype)
+        losses, normalizer = stablemax.losses(problem)
         ctx.save_for_backward(x, target, weight, normalizer)
         ctx.settings = ignore_index, label_smoothing, dtype
         return losses.view(target.shape)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        from trysquare.kernels import stablemax as kernels
+        from trysquare.kernels import stablemax_gradient, stablemax_problem
 
         x, target, weight, normalizer = ctx.saved_tensors
         if _wants_second_derivative():
             return *_differentiable_gradients(ctx, g, *ctx.settings), None, None, None
-        problem = kernels.problem_of(x, target, weight, *ctx.settings)
-        return kernels.gradient(problem, normalizer, g.reshape(-1)), None, None, None, None, None
+        problem = stablemax_problem.problem_of(x, target, weight, *ctx.settings)
+        return stablemax_gradient.gradient(problem, normalizer, g.reshape(-1)), None, None, None, None, None
 
 
 class _ProbabilityLosses(Function):

@@ -22,7 +22,8 @@ pytest.importorskip("triton", reason="Triton is not installed (pip install 'trys
 from triton.runtime.errors import OutOfResources
 
 from trysquare import kernels
-from trysquare.kernels import stablemax as own
+from trysquare.kernels import stablemax, stablemax_gradient
+from trysquare.kernels.stablemax_problem import ACROSS, TILE, places_of, problem_of, tile_of
 
 Shape = tuple[int, ...]
 
@@ -81,9 +82,9 @@ def test_long_rows_and_all_layouts_are_the_same_as_eager_in_float64() -> None:
 def _a_class_out_of_range() -> None:
     torch.manual_seed(0)
     x, target = torch.randn(4, 6), torch.tensor([0, 6, 5, -1])
-    problem = own.problem_of(x, target, None, -100, 0.1, torch.float32)
-    losses, normalizer = own.losses(problem)
-    gradient = own.gradient(problem, normalizer, torch.ones(4))
+    problem = problem_of(x, target, None, -100, 0.1, torch.float32)
+    losses, normalizer = stablemax.losses(problem)
+    gradient = stablemax_gradient.gradient(problem, normalizer, torch.ones(4))
     wrong = torch.tensor([False, True, False, True])
     assert torch.equal(losses.isnan(), wrong)
     assert torch.equal(gradient.isnan().all(1), wrong)
@@ -180,10 +181,10 @@ def test_a_kernel_that_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPat
         def __getitem__(self, _: Any) -> Any:
             raise OutOfResources(2, 1, "shared memory")
 
-    monkeypatch.setattr(own, "_sums", Uncompilable())
-    problem = own.problem_of(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), None, -100, 0.0, torch.float32)
+    monkeypatch.setattr(stablemax, "_sums", Uncompilable())
+    problem = problem_of(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), None, -100, 0.0, torch.float32)
     with pytest.raises(RuntimeError, match=r"cannot compile the kernel _sums .*\(2, 3\).*Triton .*backend='eager'"):
-        own.losses(problem)
+        stablemax.losses(problem)
 
 
 def test_nothing_to_compute_is_no_launch() -> None:
@@ -195,21 +196,21 @@ def test_nothing_to_compute_is_no_launch() -> None:
 @pytest.mark.parametrize("classes", [1, 10, 257, 4096, 32000, 128256])
 @pytest.mark.parametrize("across", [False, True])
 def test_a_tile_is_of_bounded_size(positions: int, classes: int, across: bool) -> None:
-    height, width = own.tile_of(positions, classes, across)
+    height, width = tile_of(positions, classes, across)
     for size, whole in ((height, positions), (width, classes)):
         assert size & (size - 1) == 0
         assert size < 2 * whole
-    assert 1 <= height * width <= own.TILE
-    assert height * width == own.TILE or positions * classes < own.TILE * 4 or min(height, width) < own.ACROSS
+    assert 1 <= height * width <= TILE
+    assert height * width == TILE or positions * classes < TILE * 4 or min(height, width) < ACROSS
 
 
 @pytest.mark.parametrize(("positions", "parts"), [(8192, 4), (256, 4), (32, 32), (1, 32)])
 def test_long_rows_are_cut_where_there_are_few_of_them(positions: int, parts: int) -> None:
     x = torch.zeros(1, 128256).expand(positions, 128256)
-    problem = own.problem_of(x, torch.zeros(positions, dtype=torch.int64), None, -100, 0.0, torch.float32)
+    problem = problem_of(x, torch.zeros(positions, dtype=torch.int64), None, -100, 0.0, torch.float32)
     with kernels.recording() as recorded:
-        assert own._sums_of(problem).shape == (2, parts, positions)
-    assert recorded[0].constants["COLUMNS"] == own.TILE
+        assert stablemax._sums_of(problem).shape == (2, parts, positions)
+    assert recorded[0].constants["COLUMNS"] == TILE
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,7 @@ def test_long_rows_are_cut_where_there_are_few_of_them(positions: int, parts: in
     ],
 )
 def test_positions_are_found_in_every_layout(x: Tensor, table: list[int], across: bool) -> None:
-    places = own.places_of(x)
+    places = places_of(x)
     assert places.table.tolist() == table
     assert places.dims == len(table) // 2
     assert places.stride == x.stride(1)
@@ -234,11 +235,11 @@ def test_positions_are_found_in_every_layout(x: Tensor, table: list[int], across
 
 
 def test_alignment_is_promised_only_where_every_position_has_it() -> None:
-    assert own.places_of(torch.zeros(6, 8)).aligned
-    assert not own.places_of(torch.zeros(6, 9)).aligned
-    assert not own.places_of(torch.zeros(50)[1:49].view(6, 8)).aligned
-    assert own.places_of(torch.zeros(6, 8, dtype=torch.bfloat16)).aligned
-    assert not own.places_of(torch.zeros(6, 4, dtype=torch.bfloat16)).aligned
+    assert places_of(torch.zeros(6, 8)).aligned
+    assert not places_of(torch.zeros(6, 9)).aligned
+    assert not places_of(torch.zeros(50)[1:49].view(6, 8)).aligned
+    assert places_of(torch.zeros(6, 8, dtype=torch.bfloat16)).aligned
+    assert not places_of(torch.zeros(6, 4, dtype=torch.bfloat16)).aligned
 
 
 def _far_apart() -> None:
@@ -249,7 +250,7 @@ def _far_apart() -> None:
         view.copy_(values)
         for x, near in ((view, values), (view.t(), values.t())):
             target = torch.arange(x.shape[0]) % 3
-            losses, _ = own.losses(own.problem_of(x, target, None, -100, 0.0, torch.float64))
+            losses, _ = stablemax.losses(problem_of(x, target, None, -100, 0.0, torch.float64))
             assert_same(to_array(losses), to_array(stablemax_cross_entropy(near.double(), target, reduction="none")))
 
 

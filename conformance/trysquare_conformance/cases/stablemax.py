@@ -346,16 +346,16 @@ def _tiles_of(elements: int | None, lane: Lane) -> Iterator[None]:
     if elements is None or lane.backend != "triton":
         yield
         return
-    from trysquare.kernels import stablemax as kernels
+    from trysquare.kernels import stablemax, stablemax_problem
 
-    before = kernels.TILE, kernels.TILES, kernels.ACROSS
-    kernels.TILE, kernels.TILES, kernels.ACROSS = 1 << elements.bit_length() - 3, 2, 4
-    kernels.PROGRAMS, programs = 2, kernels.PROGRAMS
+    tile, parts = (stablemax_problem.TILE, stablemax_problem.ACROSS), (stablemax.TILES, stablemax.PROGRAMS)
+    stablemax_problem.TILE, stablemax_problem.ACROSS = 1 << elements.bit_length() - 3, 4
+    stablemax.TILES, stablemax.PROGRAMS = 2, 2
     try:
         yield
     finally:
-        kernels.TILE, kernels.TILES, kernels.ACROSS = before
-        kernels.PROGRAMS = programs
+        stablemax_problem.TILE, stablemax_problem.ACROSS = tile
+        stablemax.TILES, stablemax.PROGRAMS = parts
 
 
 def _check_kept(x: torch.Tensor, before: Array) -> None:
