@@ -72,6 +72,28 @@ def test_places_are_64_bit_numbers() -> None:
         assert set(places) <= {"i64"}, request.kernel.__name__
 
 
+def in_loops(ptx: str) -> str:
+    """What is run again and again: between a label and a branch back to it."""
+    labels = {found[1]: found.start() for found in re.finditer(r"^(\$L\w+):", ptx, re.MULTILINE)}
+    spans = [(labels[to[1]], to.start()) for to in re.finditer(r"\bbra(?:\.uni)?\s+(\$L\w+);", ptx)]
+    return "\n".join(ptx[start:end] for start, end in spans if start < end)
+
+
+@pytest.mark.parametrize(("dtype", "vectors"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_rows_of_an_odd_vocabulary_take_sixteen_bytes_at_a_time(dtype: torch.dtype, vectors: int) -> None:
+    """A thread holds 16 logits of a tile; those at the ends of a row are outside the loop."""
+    assert main_configurations.VOCABULARY % 2
+    step = main_configurations._stablemax
+    launches = ahead_of_time.requests([Configuration("stablemax", "a test", lambda: step(dtype, backend="triton"))])[0]
+    target, found = GPUTarget("cuda", 90, 32), {}
+    for request in launches:
+        made = triton.compile(ahead_of_time._source(request, target), target=target, options=dict(request.options))
+        found[request.kernel.__name__] = made.asm["ptx"]
+    assert re.findall(r"ld\.global\S*", in_loops(found["_sums"])) == ["ld.global.v4.b32"] * vectors
+    for access in ("ld", "st"):
+        assert found["_gradient"].count(f"{access}.global.v4.b32") == vectors
+
+
 def test_a_planted_spill_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trysquare.kernels.dolphinflow.warps", lambda _: 1)
     found = ahead_of_time.compile_for(update(), "sm_90")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -22,10 +23,11 @@ pytest.importorskip("triton", reason="Triton is not installed (pip install 'trys
 from triton.runtime.errors import OutOfResources
 
 from trysquare import kernels
-from trysquare.kernels import stablemax, stablemax_gradient
+from trysquare.kernels import stablemax, stablemax_gradient, stablemax_problem
 from trysquare.kernels.stablemax_problem import ACROSS, TILE, places_of, problem_of, tile_of
 
 Shape = tuple[int, ...]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def in_interpreter(function: Callable[[], None]) -> None:
@@ -77,6 +79,28 @@ def _the_same_as_eager_in_float64() -> None:
 
 def test_long_rows_and_all_layouts_are_the_same_as_eager_in_float64() -> None:
     in_interpreter(_the_same_as_eager_in_float64)
+
+
+def _in_chunks() -> None:
+    """Rows of 131 classes that begin anywhere, between numbers that would make NaN of every sum."""
+    stablemax_problem.TILE, ordinary = 128, property(lambda _: 1)
+    target, g = torch.tensor([0, 130, -100, 1, 129]), torch.linspace(-1, 1, 5, dtype=torch.float64)
+    options: dict[str, Any] = {"label_smoothing": 0.1, "reduction": "none"}
+    for dtype, (apart, start) in product(DTYPES, ((131, 0), (157, 1))):
+        x = torch.full((6 * apart,), float("nan"), dtype=dtype).as_strided((5, 131), (apart, 1), start)
+        x.copy_(torch.randn(5, 131))
+        problem = problem_of(x, target, None, -100, 0.1, torch.float64)
+        assert problem.chunk == 16 // dtype.itemsize
+        losses, normalizer = stablemax.losses(problem)
+        gradient = stablemax_gradient.gradient(problem, normalizer, g)
+        assert_same(to_array(losses), to_array(stablemax_cross_entropy(x.double(), target, **options)), operations=131)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stablemax_problem.Problem, "chunk", ordinary)
+            assert torch.equal(gradient, stablemax_gradient.gradient(problem, normalizer, g))
+
+
+def test_rows_that_begin_anywhere_are_read_in_whole_chunks_and_nothing_beside_them() -> None:
+    in_interpreter(_in_chunks)
 
 
 def _a_class_out_of_range() -> None:
@@ -240,6 +264,23 @@ def test_alignment_is_promised_only_where_every_position_has_it() -> None:
     assert not places_of(torch.zeros(50)[1:49].view(6, 8)).aligned
     assert places_of(torch.zeros(6, 8, dtype=torch.bfloat16)).aligned
     assert not places_of(torch.zeros(6, 4, dtype=torch.bfloat16)).aligned
+
+
+@pytest.mark.parametrize(
+    ("x", "chunk"),
+    [
+        (torch.zeros(2, 50257), 4),
+        (torch.zeros(2, 50257, dtype=torch.bfloat16), 8),
+        (torch.zeros(2, 50257, dtype=torch.float64), 2),
+        (torch.zeros(2, 50304)[:, :50257], 4),
+        (torch.zeros(2, 50304), 1),
+        (torch.zeros(50257, 2).t(), 1),
+        (torch.zeros(2, 2 * 50257)[:, ::2], 1),
+        (torch.zeros(2, 31), 1),
+    ],
+)
+def test_long_rows_of_neighbours_are_read_in_chunks(x: Tensor, chunk: int) -> None:
+    assert problem_of(x, torch.zeros(2, dtype=torch.int64), None, -100, 0.0, torch.float32).chunk == chunk
 
 
 def _far_apart() -> None:

@@ -231,6 +231,34 @@ def kernel_positions_not_moved(f: Any) -> Any:
     return lambda position, *rest: f(position, *rest) * 0
 
 
+@plant_in_each("in_chunks")
+def kernel_head_not_masked(_: Any) -> Any:
+    """The first chunk of a row is taken with what lies ahead of the row."""
+    return lambda column, shift, classes, chunk: column < (shift + classes) // chunk * chunk
+
+
+@plant(forward, "in_chunks")
+def kernel_tail_not_masked(_: Any) -> Any:
+    """The last chunk of a row is taken with what lies behind the row."""
+
+    def in_chunks(column: Any, shift: Any, classes: Any, chunk: Any) -> Any:
+        whole = (shift + chunk - 1) // chunk * chunk
+        return (column >= whole) & (column < (shift + classes + chunk - 1) // chunk * chunk)
+
+    return in_chunks
+
+
+@plant_in_each("at_ends")
+def kernel_ends_left_out(f: Any) -> Any:
+    """Nothing is taken of chunks that are not wholly of a row."""
+
+    def at_ends(*arguments: Any) -> Any:
+        column, is_end = f(*arguments)
+        return column, is_end & (column < 0)
+
+    return at_ends
+
+
 @plant(backward, "narrowed")
 def kernel_gradient_truncated(_: Any) -> Any:
     """A bfloat16 gradient is cut off, not rounded."""

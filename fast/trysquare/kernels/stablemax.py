@@ -20,12 +20,16 @@ from trysquare.kernels.stablemax_problem import (
     BLOCK,
     WARPS,
     Problem,
+    ahead,
+    at_ends,
     begins,
     chosen_logit,
     chosen_weight,
     damped,
+    in_chunks,
     log_s,
     not_negative,
+    tile_at,
     tile_constants,
     tile_of,
     weighted,
@@ -104,16 +108,17 @@ def _sums(
     COLUMNS: tl.constexpr,
     CLASSES: tl.constexpr,
     ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
     SMOOTHS: tl.constexpr,
 ):
     program = tl.program_id(0)
     position = (program // parts).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
     here = position < positions
     counted = here & (tl.load(target + position, mask=here, other=0) != ignore_index)
-    begin = x + begins(position, table, DIMS)
-    if ALIGNED:
-        begin = tl.multiple_of(begin, 16)
-    begin = tl.expand_dims(begin, CLASSES)
+    offset = begins(position, table, DIMS)
+    shift = ahead(x + offset, CHUNK)
+    begin = tile_at(x, offset - shift, ALIGNED, CLASSES)
+    shift = tl.expand_dims(shift, CLASSES)
     counted = tl.expand_dims(counted, CLASSES)
     if CLASSES == 1:
         below = tl.zeros((POSITIONS, COLUMNS), dtype=DTYPE)
@@ -124,18 +129,28 @@ def _sums(
     first = (program % parts) * part
     for start in range(first, tl.minimum(first + part, classes), COLUMNS):
         column = tl.expand_dims(start + tl.arange(0, COLUMNS), 1 - CLASSES)
-        inside = counted & (column < classes)
+        is_class = in_chunks(column, shift, classes, CHUNK)
+        inside = counted & is_class
         z = widened(tl.load(begin + column.to(tl.int64) * stride, mask=inside, other=float("-inf")), DTYPE)
         below += falls(z)
         above = with_growing(above, z)
         if SMOOTHS:
-            gammas += weighted(log_s(z), weight, column, inside, column < classes)
+            gammas += weighted(log_s(z), weight, column - shift, inside, is_class)
+    below, above, gammas = tl.sum(below, axis=CLASSES), tl.sum(above, axis=CLASSES), tl.sum(gammas, axis=CLASSES)
+    if CHUNK > 1 and first == 0:
+        column_at, is_end = at_ends(shift, classes, CHUNK)
+        z_at = widened(tl.load(begin + column_at, mask=counted & is_end, other=float("-inf")), DTYPE)
+        none = tl.zeros_like(z_at)  # an interpreted quotient of a constant becomes a tensor by it
+        below += tl.sum(none + falls(z_at), axis=1)
+        above += tl.sum(with_growing(none, z_at), axis=1)
+        if SMOOTHS:
+            gammas += tl.sum(weighted(log_s(z_at), weight, column_at - shift, counted & is_end, is_end), axis=1)
     place = sums + (program % parts).to(tl.int64) * positions + position
     along = parts * positions
-    tl.store(place, tl.sum(below, axis=CLASSES), mask=here)
-    tl.store(place + along, tl.sum(above, axis=CLASSES), mask=here)
+    tl.store(place, below, mask=here)
+    tl.store(place + along, above, mask=here)
     if SMOOTHS:
-        tl.store(place + along + along, tl.sum(gammas, axis=CLASSES), mask=here)
+        tl.store(place + along + along, gammas, mask=here)
 
 
 @triton.jit

@@ -12,18 +12,22 @@ from torch import Tensor
 from triton import language as tl
 
 from trysquare.kernels._arithmetic import narrowed, widened
-from trysquare.kernels._launch import DTYPES, launch
+from trysquare.kernels._launch import ALIGNMENT, DTYPES, launch
 from trysquare.kernels.stablemax_problem import (
     BLOCK,
     WARPS,
     Problem,
+    ahead,
+    at_ends,
     begins,
     chosen_logit,
     chosen_weight,
     damped,
+    in_chunks,
     log_s,
     not_negative,
     places_of,
+    tile_at,
     tile_constants,
     tile_of,
     weighted,
@@ -55,12 +59,17 @@ def gradient(problem: Problem, normalizer: Tensor, g: Tensor) -> Tensor:
             **tile_constants(problem, height, width),
             "SMOOTHS": smoothing is not None,
             "TO_DIMS": to.dims,
-            "TO_ALIGNED": to.aligned,
+            "TO_ALIGNED": to.aligned if problem.chunk == 1 else _alike(x, output),
             "TO": DTYPES[output.dtype],
         },
         num_warps=WARPS,
     )
     return output
+
+
+def _alike(x: Tensor, output: Tensor) -> bool:
+    """Whether rows of both begin equally far behind a multiple of 16 bytes."""
+    return x.stride() == output.stride() and (x.data_ptr() - output.data_ptr()) % ALIGNMENT == 0
 
 
 @triton.jit
@@ -131,6 +140,7 @@ def _gradient(
     COLUMNS: tl.constexpr,
     CLASSES: tl.constexpr,
     ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
     SMOOTHS: tl.constexpr,
     TO_DIMS: tl.constexpr,
     TO_ALIGNED: tl.constexpr,
@@ -142,25 +152,37 @@ def _gradient(
     y = tl.load(target + position, mask=here, other=0)
     at_y = tl.expand_dims(tl.load(factors + position, mask=here, other=0.0), CLASSES)
     scale = tl.expand_dims(tl.load(factors + position + positions, mask=here, other=0.0), CLASSES)
-    begin = x + begins(position, table, DIMS)
-    if ALIGNED:
-        begin = tl.multiple_of(begin, 16)
-    to_begin = output + begins(position, to_table, TO_DIMS)
-    if TO_ALIGNED:
-        to_begin = tl.multiple_of(to_begin, 16)
+    lift = scale
+    if SMOOTHS:
+        lift = tl.expand_dims(tl.load(factors + position + positions + positions, mask=here, other=0.0), CLASSES)
+    offset = begins(position, table, DIMS)
+    shift = ahead(x + offset, CHUNK)
+    begin = tile_at(x, offset - shift, ALIGNED, CLASSES)
+    to_begin = tile_at(output, begins(position, to_table, TO_DIMS) - shift * to_stride, TO_ALIGNED, CLASSES)
+    shift = tl.expand_dims(shift, CLASSES)
     column = tl.expand_dims(program % parts * COLUMNS + tl.arange(0, COLUMNS), 1 - CLASSES)
-    is_class = column < classes
-    inside = tl.expand_dims(here & (y != ignore_index), CLASSES) & is_class
-    offset = column.to(tl.int64)
-    z = widened(tl.load(tl.expand_dims(begin, CLASSES) + offset * stride, mask=inside, other=0.0), DTYPE)
+    is_class = in_chunks(column, shift, classes, CHUNK)
+    counted = tl.expand_dims(here & (y != ignore_index), CLASSES)
+    z = widened(tl.load(begin + column.to(tl.int64) * stride, mask=counted & is_class, other=0.0), DTYPE)
+    here = tl.expand_dims(here, CLASSES)
+    y = tl.expand_dims(y.to(tl.int32), CLASSES) + shift
+    value = gradient_at(z, column, shift, y, at_y, scale, lift, weight, counted & is_class, is_class, SMOOTHS)
+    tl.store(to_begin + column.to(tl.int64) * to_stride, narrowed(value, TO), mask=here & is_class)
+    if CHUNK > 1 and program % parts == 0:
+        column_at, is_end = at_ends(shift, classes, CHUNK)
+        z_at = widened(tl.load(begin + column_at, mask=counted & is_end, other=0.0), DTYPE)
+        value_at = gradient_at(z_at, column_at, shift, y, at_y, scale, lift, weight, counted & is_end, is_end, SMOOTHS)
+        tl.store(to_begin + column_at.to(tl.int64) * to_stride, narrowed(value_at, TO), mask=here & is_end)
+
+
+@triton.jit
+def gradient_at(z, column, shift, y, at_y, scale, lift, weight, inside, is_class, SMOOTHS: tl.constexpr):
+    """The gradient at classes of these logits; a target that is no class has made the factors NaN."""
     slope = log_s_slope(z)
     value = s_slope(z, slope, scale)
     if SMOOTHS:
-        lift = tl.load(factors + position + positions + positions, mask=here, other=0.0)
-        value -= weighted(slope * tl.expand_dims(lift, CLASSES), weight, column, inside, is_class)
-    value = tl.where(column == tl.expand_dims(y.to(tl.int32), CLASSES), at_y, value)  # an index outside makes all NaN
-    written = tl.expand_dims(here, CLASSES) & is_class
-    tl.store(tl.expand_dims(to_begin, CLASSES) + offset * to_stride, narrowed(value, TO), mask=written)
+        value -= weighted(slope * lift, weight, column - shift, inside, is_class)
+    return tl.where(column == y, at_y, value)
 
 
 @triton.jit

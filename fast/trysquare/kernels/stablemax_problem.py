@@ -102,6 +102,17 @@ class Problem(NamedTuple):
     dtype: torch.dtype
 
     @property
+    def chunk(self) -> int:
+        """Logits in 16 bytes, if rows are read in chunks of these that begin ahead of a row; 1 if they need not be.
+
+        They need not where all rows begin with such a chunk and end with one, as far as a compiler is told.
+        """
+        x, places = self.x, self.places
+        if places.across or places.stride != 1 or x.shape[1] <= TILE:
+            return 1
+        return 1 if places.aligned and x.shape[1] % ALIGNMENT == 0 else ALIGNMENT // x.element_size()
+
+    @property
     def sizes(self) -> tuple[int, int, int, int]:
         """What every kernel is told: positions, classes, the stride of these, and what is ignored."""
         return self.target.numel(), self.x.shape[1], self.places.stride, self.ignore_index
@@ -127,7 +138,8 @@ def problem_of(
 def tile_constants(problem: Problem, height: int, width: int) -> dict[str, object]:
     """What a kernel is told of its tiles; dimension CLASSES of them has the classes, the last one is fastest."""
     across, aligned = problem.places.across, problem.places.aligned
-    return {"POSITIONS": height, "COLUMNS": width, "CLASSES": 0 if across else 1, "ALIGNED": aligned}
+    layout = {"CLASSES": 0 if across else 1, "ALIGNED": aligned or problem.chunk > 1, "CHUNK": problem.chunk}
+    return {"POSITIONS": height, "COLUMNS": width, **layout}
 
 
 # On the device
@@ -162,6 +174,44 @@ def begins(position, table, DIMS: tl.constexpr):
         offset += rest % size * tl.load(table + 2 * dim + 1)
         rest = rest // size
     return offset + rest * tl.load(table + 2 * DIMS - 1)
+
+
+@triton.jit
+def ahead(begin, CHUNK: tl.constexpr):
+    """How many elements behind a multiple of 16 bytes each row begins: where the columns of its tiles begin."""
+    if CHUNK == 1:
+        shift = tl.zeros(begin.shape, dtype=tl.int32)
+    else:
+        shift = (begin.to(tl.int64) // (16 // CHUNK) % CHUNK).to(tl.int32)
+    return shift
+
+
+@triton.jit
+def tile_at(x, offset, ALIGNED: tl.constexpr, CLASSES: tl.constexpr):
+    """Where each row of a tile begins."""
+    begin = x + offset
+    if ALIGNED:
+        begin = tl.multiple_of(begin, 16)
+    return tl.expand_dims(begin, CLASSES)
+
+
+@triton.jit
+def in_chunks(column, shift, classes, CHUNK: tl.constexpr):
+    """Whether a column is of a chunk that is wholly within its row, all of which are read and written at once."""
+    if CHUNK == 1:
+        found = column < classes
+    else:
+        found = (column >= (shift + CHUNK - 1) // CHUNK * CHUNK) & (column < (shift + classes) // CHUNK * CHUNK)
+    return found
+
+
+@triton.jit
+def at_ends(shift, classes, CHUNK: tl.constexpr):
+    """The columns of the first chunk and of the one behind the last whole one, and which are of the row alone."""
+    along = tl.arange(0, 2 * CHUNK)[None, :]
+    column = tl.where(along < CHUNK, along, (shift + classes) // CHUNK * CHUNK + along - CHUNK)
+    within = (column >= shift) & (column < shift + classes)
+    return column, within & (in_chunks(column, shift, classes, CHUNK) == 0)
 
 
 @triton.jit
