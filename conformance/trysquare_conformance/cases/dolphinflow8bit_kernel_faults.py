@@ -13,10 +13,8 @@ from trysquare_conformance.planting import Fault, Planter
 INTERPRETER = ("triton-interpreter",)
 
 
-def _step_faults() -> list[Fault]:  # noqa: C901  # a list, each entry a function
-    from triton import language as tl
-
-    from trysquare.kernels import _arithmetic, blockwise8bit
+def _moment_faults() -> list[Fault]:
+    """What becomes of both moments, and the direction that they give."""
     from trysquare.kernels import dolphinflow8bit as kernels
 
     planter = Planter("dolphinflow8bit")
@@ -47,15 +45,17 @@ def _step_faults() -> list[Fault]:  # noqa: C901  # a list, each entry a functio
         """√v̂."""
         return lambda v, eps, factor: f(v, eps * 0.0, factor)
 
-    @plant(kernels, "stepped")
-    def kernel_decays_after_the_update(_: Any) -> Any:
-        """(θ − ηu)(1 − ηλ)."""
+    return planter.faults
 
-        def stepped(w: Any, u: Any, numbers: Any, dtype: Any) -> Any:
-            lr = tl.load(numbers)
-            return (w - u * lr.to(dtype)) * (1.0 - lr * tl.load(numbers + 1)).to(dtype)
 
-        return stepped
+def _projection_faults() -> list[Fault]:
+    """What the gradient loses, by whole rows."""
+    from triton import language as tl
+
+    from trysquare.kernels import dolphinflow8bit as kernels
+
+    planter = Planter("dolphinflow8bit")
+    plant = partial(planter, lanes=INTERPRETER)
 
     @plant(kernels, "subtract")
     def kernel_does_not_project(_: Any) -> Any:
@@ -71,6 +71,28 @@ def _step_faults() -> list[Fault]:  # noqa: C901  # a list, each entry a functio
     def kernel_takes_a_block_for_a_row(_: Any) -> Any:
         """All of a block has the coefficient of its first element."""
         return lambda first, period, _: first // period + 0 * tl.arange(0, 256)[None, :]
+
+    return planter.faults
+
+
+def _weight_faults() -> list[Fault]:
+    """What is read of the gradient and written of the weights."""
+    from triton import language as tl
+
+    from trysquare.kernels import dolphinflow8bit as kernels
+
+    planter = Planter("dolphinflow8bit")
+    plant = partial(planter, lanes=INTERPRETER)
+
+    @plant(kernels, "stepped")
+    def kernel_decays_after_the_update(_: Any) -> Any:
+        """(θ − ηu)(1 − ηλ)."""
+
+        def stepped(w: Any, u: Any, numbers: Any, dtype: Any) -> Any:
+            lr = tl.load(numbers)
+            return (w - u * lr.to(dtype)) * (1.0 - lr * tl.load(numbers + 1)).to(dtype)
+
+        return stepped
 
     @plant(kernels, "clipped")
     def kernel_does_not_clip(f: Any) -> Any:
@@ -90,6 +112,19 @@ def _step_faults() -> list[Fault]:  # noqa: C901  # a list, each entry a functio
             return f((x.to(tl.float32).to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True), dtype)
 
         return narrowed
+
+    return planter.faults
+
+
+def _scale_faults() -> list[Fault]:
+    """What a block is scaled by when its moments are coded again."""
+    from triton import language as tl
+
+    from trysquare.kernels import _arithmetic, blockwise8bit
+    from trysquare.kernels import dolphinflow8bit as kernels
+
+    planter = Planter("dolphinflow8bit")
+    plant = partial(planter, lanes=INTERPRETER)
 
     @plant(kernels, "store_coded")
     def kernel_scales_by_what_lies_behind(_: Any) -> Any:
@@ -199,4 +234,5 @@ def _format_faults() -> list[Fault]:
     return planter.faults
 
 
-FAULTS = [*_step_faults(), *_launch_faults(), *_format_faults()] if find_spec("triton") else []
+GROUPS = (_moment_faults, _projection_faults, _weight_faults, _scale_faults, _launch_faults, _format_faults)
+FAULTS = [fault for group in GROUPS for fault in group()] if find_spec("triton") else []
