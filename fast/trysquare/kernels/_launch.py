@@ -141,6 +141,12 @@ def warps(elements: int) -> int:
     return min(16, max(1, int(triton.next_power_of_2(elements)) // 256))
 
 
+def tile(rows: int, columns: int, elements: int, widest: int) -> tuple[int, int]:
+    """Rows and columns of a program, powers of two: short rows of so many elements, or ``widest`` of a long one."""
+    across = min(widest, max(16, int(triton.next_power_of_2(columns))))
+    return max(1, min(elements // across, int(triton.next_power_of_2(rows)))), across
+
+
 # What kernels are told of tensors
 
 

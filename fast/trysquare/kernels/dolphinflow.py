@@ -17,7 +17,7 @@ from triton import language as tl
 
 from trysquare.kernels import moments, projection
 from trysquare.kernels._arithmetic import address, clipped, moved, narrowed, quotient, widened
-from trysquare.kernels._launch import DTYPES, Table, floats, launch, warps
+from trysquare.kernels._launch import DTYPES, Table, floats, launch, tile, warps
 from trysquare.kernels.moments import correction, denominator, second_moment
 from trysquare.kernels.polar import PRODUCTS
 from trysquare.kernels.projection import coefficient, subtract
@@ -89,14 +89,14 @@ def update_(
     table = Table([list(tensors) for tensors in _operands(bucket)])
     constants = {**_constants(bucket, rule), "ALIGNED": table.aligned}
     count = len(bucket.parameters)
-    if projects and columns <= ON_CHIP * 4 // bucket.momentum_buffers[0].element_size():
-        block = max(16, triton.next_power_of_2(columns))
-        height = max(1, min(TILE // block, triton.next_power_of_2(rows)))
+    on_chip = ON_CHIP * 4 // bucket.momentum_buffers[0].element_size()
+    if projects and columns <= on_chip:
+        height, block = tile(rows, columns, TILE, on_chip)
         programs = count * triton.cdiv(rows, height)
         arguments = table.addresses, numbers, scale, finite, count, rows, columns
         del constants["GIVEN"]
-        tile = {**projection.BOUNDS, "ROWS": height, "COLUMNS": block}
-        launch(_update_rows, programs, *arguments, constants=constants | tile, num_warps=warps(height * block))
+        constants |= {**projection.BOUNDS, "ROWS": height, "COLUMNS": block}
+        launch(_update_rows, programs, *arguments, constants=constants, num_warps=warps(height * block))
         return
     coefficients = None
     if projects:

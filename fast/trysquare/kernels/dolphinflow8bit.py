@@ -18,7 +18,7 @@ from triton import language as tl
 
 from trysquare.kernels import projection
 from trysquare.kernels._arithmetic import address, clipped, moved, narrowed, quotient, widened
-from trysquare.kernels._launch import DTYPES, Table, floats, launch, warps
+from trysquare.kernels._launch import DTYPES, Table, floats, launch, tile, warps
 from trysquare.kernels.blockwise8bit import BLOCK, block_absmax, coded, decoded
 from trysquare.kernels.moments import correction, denominator, mean_weight, second_moment
 from trysquare.kernels.projection import coefficient, subtract
@@ -148,8 +148,7 @@ def update_(
     rows, columns = shape
     state, count, table = bucket.moments[0].states[0], len(bucket.parameters), Table(_operands(bucket))
     most = ON_CHIP * 4 // state.element_size() if projects else TILE
-    block = min(max(16, int(triton.next_power_of_2(columns))), most)
-    high = max(1, min(TILE // block, int(triton.next_power_of_2(rows))))
+    high, block = tile(rows, columns, TILE, most)
     constants = {**_constants(bucket, table), "STATE": DTYPES[state.dtype]}
     constants["PROJECTS"] = "rows" if projects else "nothing"
     coefficients = None
@@ -160,8 +159,8 @@ def update_(
         constants["PROJECTS"], block = "given", TILE
     programs = count * triton.cdiv(rows, high) * triton.cdiv(columns, block)
     arguments = table.addresses, numbers, scale, finite, coefficients, count, rows, columns
-    tile = {"ROWS": high, "COLUMNS": block}
-    launch(_update, programs, *arguments, constants=constants | tile, num_warps=warps(high * block))
+    constants |= {"ROWS": high, "COLUMNS": block}
+    launch(_update, programs, *arguments, constants=constants, num_warps=warps(high * block))
 
 
 def _operands(bucket: Bucket) -> list[Sequence[Tensor]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton import language as tl
 
 from trysquare.kernels._arithmetic import address, moved, narrowed, quotient, root, widened
-from trysquare.kernels._launch import DTYPES, Table, floats, launch, warps
+from trysquare.kernels._launch import DTYPES, Table, floats, launch, tile, warps
 from trysquare.kernels.decay import cautious_decay
 from trysquare.kernels.polar import PRODUCTS
 from trysquare.kernels.rectification import rectification
@@ -219,14 +219,15 @@ def apply_(
     count, device, rows = len(bucket.parameters), x.device, shape.rows
     slices = count * shape.each
     normalizes = bucket.row_exp_avg_sqs is not None
-    tile = _tile(shape)
+    high, wide = tile(rows, shape.columns, TILE, TILE)
+    of_tile = {"ROWS": high, "COLUMNS": wide}
     factors = squares = None
     if bucket.row_exp_avg_sqs is not None:
         factors, squares = torch.empty(2, slices * rows, dtype=state, device=device).unbind()
         table = Table([bucket.row_exp_avg_sqs])
-        constants = {"STATE": DTYPES[state], **tile}
+        constants = {"STATE": DTYPES[state], **of_tile}
         of_rows = table.addresses, x, numbers, finite, factors, squares, shape.each, rows, shape.columns
-        programs = slices * triton.cdiv(rows, tile["ROWS"])
+        programs = slices * triton.cdiv(rows, high)
         launch(_row_squares, programs, *of_rows, constants=constants, num_warps=warps(TILE))
     ratios, rates = torch.empty(2, slices, dtype=torch.float64, device=device).unbind()
     own = {"RECTIFIES": rectifies, "BLOCK": BLOCK}
@@ -235,16 +236,10 @@ def apply_(
     launch(_rates, slices, *of_slices, constants=own, num_warps=2)
     table = Table([bucket.parameters])
     constants = {"PARAMETER": DTYPES[bucket.parameters[0].dtype], "STATE": DTYPES[state], "NORMALIZES": normalizes}
-    constants |= {"ALIGNED": _aligned(table, bucket, shape.rows * shape.columns), **tile}
+    constants |= {"ALIGNED": _aligned(table, bucket, shape.rows * shape.columns), **of_tile}
     arguments = table.addresses, x, numbers, finite, factors, ratios, rates, shape.each, rows, shape.columns
-    programs = slices * triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(shape.columns, tile["COLUMNS"])
+    programs = slices * triton.cdiv(rows, high) * triton.cdiv(shape.columns, wide)
     launch(_apply, programs, *arguments, constants=constants, num_warps=warps(TILE))
-
-
-def _tile(shape: Shape) -> dict[str, int]:
-    """Part of a long row, or several short ones."""
-    columns = min(TILE, max(16, triton.next_power_of_2(shape.columns)))
-    return {"ROWS": max(1, min(TILE // columns, triton.next_power_of_2(shape.rows))), "COLUMNS": columns}
 
 
 @triton.jit
