@@ -111,8 +111,8 @@ class Source:
             u = self.arithmetic.elementwise
             significand = math.frexp(value)[0] / u if math.isfinite(value) else 0.0
             exact = significand == math.floor(significand) and abs(value) >= self.arithmetic.smallest
-            x = np.asarray(value)
-            self._constants[value] = _perturb(x, u * x, np.asarray(exact), self.arithmetic, self.key())
+            x, key = np.asarray(value), self.key()
+            self._constants[value] = x if exact else _perturb(x, u * x, None, self.arithmetic, key)
         return self._constants[value]
 
 
@@ -235,10 +235,10 @@ def _wrap(result: Any, source: Source) -> Any:
 
 def _shared_source(*operands: Any) -> Source:
     """The one source of all noisy operands: two draws must not meet."""
-    sources = {id(x.source): x.source for x in operands if isinstance(x, Noisy)}
-    if len(sources) != 1:
+    sources = [x.source for x in operands if isinstance(x, Noisy)]
+    if any(source is not sources[0] for source in sources):
         raise TypeError("noisy arrays of different draws meet in one operation: wrap all inputs of a run alike")
-    return next(iter(sources.values()))
+    return sources[0]
 
 
 def _arithmetic_of(dtype: Any) -> Arithmetic:
@@ -249,6 +249,8 @@ def _arithmetic_of(dtype: Any) -> Arithmetic:
 
 def _plain_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     """What is left of the keyword arguments: axis and keepdims. NumPy's own methods spell out some defaults."""
+    if not kwargs:
+        return kwargs
     if kwargs.pop("where", True) is not True or kwargs.pop("initial", None) is not None:
         raise TypeError("where= and initial= have no noise model: use np.where")
     return {name: value for name, value in kwargs.items() if name in {"axis", "keepdims"}}
