@@ -216,7 +216,8 @@ def _update_blocks(
     w_place = address(table, member, count, 0, PARAMETER, ALIGNED) + places
     g_place = address(table, member, count, 1, GRADIENT, ALIGNED) + places
     step = address(table, member, count, 2, tl.float64, False)
-    if PROJECTS != "nothing":
+    late: tl.constexpr = PROJECTS == "nothing" and GRADIENT != PARAMETER  # a wide gradient leaves few registers
+    if not late:
         w = widened(tl.load(w_place, mask=here, other=0.0), tl.float32)
     g = clipped(tl.load(g_place, mask=here, other=0.0), scale, tl.float32)
     if PROJECTS == "rows":
@@ -233,7 +234,7 @@ def _update_blocks(
         v = average_square(v, g, numbers, tl.float32)
         u = direction(m, v, step, numbers, tl.float32)
         store_coded(v, table, member, count, 7, places, scales, here, inside, finite, False, ALIGNED)
-    if PROJECTS == "nothing":  # not needed until here, and registers are what it would take
+    if late:
         w = widened(tl.load(w_place, mask=here, other=0.0), tl.float32)
     store_coded(m, table, member, count, 3, places, scales, here, inside, finite, True, ALIGNED)
     tl.store(w_place, narrowed(stepped(w, u, numbers, tl.float32), PARAMETER), mask=moved(here, finite))

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 from trysquare.kernels import _launch, polar
 from trysquare.kernels import thorn as launchers
@@ -70,6 +71,7 @@ def test_kernels_that_cannot_be_compiled_change_nothing(
         compiled(kernel, *rest)
 
     monkeypatch.setattr(_launch, "_compile", fails)
+    monkeypatch.setattr(InterpretedFunction, "warmup", lambda *_, **__: None, raising=False)  # Triton 3.2's has none
     with pytest.raises(RuntimeError, match="no room"):
         optimizer.step()
     assert torch.equal(parameter, torch.ones(4, 6))
