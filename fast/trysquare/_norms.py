@@ -14,7 +14,7 @@ from trysquare._batches import Batch
 from trysquare.ops import clipping
 
 LARGE_SUM = 1 << 14
-"""Elements from which sums of squares are taken in a way that is fast for many (measured on a CPU)."""
+"""Elements from which a sum of squares is compiled, or taken in parts: calls that fewer elements do not repay."""
 
 
 class Norm(NamedTuple):

@@ -112,7 +112,7 @@ HOSTILE: dict[str, tuple[Any, ...]] = {
     "inputs": tuple(kind for kind in inputs.KINDS if kind not in ORDINARY),
     "steps": (2,),
 }
-COMPILED_LAST = ("compiled-*", "exhaustive")
+COMPILED_LATER, COMPILED_LAST = ("compiled-*", "standard"), ("compiled-*", "exhaustive")
 INTERPRETED_LATER = ("triton-interpreter", "standard")
 """A program of a kernel takes Triton's interpreter about a millisecond."""
 
@@ -154,6 +154,7 @@ def quick() -> Iterator[Case]:
         yield case("quick", inputs=kind, shapes=SMALL, weight_decay=0.1, lr=1e-2)
     for kind, policy in product(("nan", "inf"), ("skip", "raise")):
         yield case("quick", inputs=kind, nonfinite=policy, shapes=SMALL, steps=2)
+    yield case("quick", COMPILED_LATER, shapes=LONG_ROWS)  # so many elements are compiled for several threads
     yield from (case("quick", COMPILED_LAST, **choice) for choice in _quick_eager(core))
     yield from (case("quick", COMPILED_LAST, INTERPRETED_LATER, **choice) for choice in _quick_rest(core))
 
@@ -163,7 +164,6 @@ def _quick_eager(core: Choice) -> Iterator[Choice]:
     yield {**core, "project": "update"}
     yield {**core, "ortho_mode": None}
     yield {**core, "adaptive_lr": False}
-    yield {"shapes": LONG_ROWS}
     yield {"shapes": LONG_ROWS, "project": "update", "adaptive_lr": False}
     yield {"shapes": SHORT_ROWS}
     yield {"shapes": ((31, 37),), "layout": "expanded"}
@@ -182,6 +182,7 @@ def _quick_rest(core: Choice) -> Iterator[Choice]:
     yield {**core, "dtype": "float64"}
     yield {**core, "dtype": "float64", "ortho_mode": "matrix"}
     yield {"dtype": "float64", "inputs": "gradient-1e200"}
+    yield {"shapes": LONG_ROWS, "inputs": "gradient-1e30"}
     yield {**core, "dtype": "bfloat16", "ortho_mode": "matrix"}
     yield {"shapes": SEVERAL, "inputs": "missing", "workspace_bytes": SMALL_WORKSPACE, "steps": 2}
     yield {"shapes": SEVERAL, "second_group": SECOND_GROUP, "gradient_clipping": 0.05, "steps": 2}

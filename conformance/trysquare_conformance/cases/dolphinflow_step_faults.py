@@ -52,6 +52,18 @@ def clip_silent_zero(_: Any) -> Any:
     return lambda norm, max_norm: (max_norm / (norm + clipping.MARGIN)).clamp(max=1.0).nan_to_num(0.0)
 
 
+@plant(clipping, "summed_in_parts")
+def clip_leaves_out_the_end(f: Any) -> Any:
+    """The norm of whole parts of a long gradient, without what is left."""
+    return lambda gradient: f(gradient.flatten()[: gradient.numel() // clipping.SUMMED * clipping.SUMMED])
+
+
+@plant(clipping, "summed_in_parts")
+def clip_overflows(f: Any) -> Any:
+    """A sum of squares beyond float32 is taken for the largest number."""
+    return lambda gradient: f(gradient).nan_to_num(posinf=3e38)
+
+
 @plant(Optimizer, "_move", lanes=EVERYWHERE)
 def clip_each(f: Any) -> Any:
     """Each bucket is clipped by its own norm."""
