@@ -29,7 +29,8 @@ from trysquare_conformance.budget import (
     measure,
     multiple,
 )
-from trysquare_conformance.noise import BFLOAT16, FLOAT32, FLOAT64, Arithmetic, Noisy, wrapper
+from trysquare_conformance.noise import BFLOAT16, FLOAT32, FLOAT64, Arithmetic
+from trysquare_conformance.noisy import Noisy, wrapper
 from trysquare_reference import dolphinflow
 from trysquare_reference.dolphinflow import Hyperparameters, State
 
@@ -235,8 +236,8 @@ def test_a_lane_at_half_the_precision_exceeds_every_budget(kind: str, mode: str 
 def test_a_lane_with_half_the_digits_exceeds_the_budget(mode: str | None) -> None:
     p = problem("gaussian", (48, 20), seed=3, ortho_mode=mode, lr=1e-2)
     rough = replace(FLOAT32, elementwise=2.0**-20, accumulate=2.0**-20)
-    observed = reference(p, wrapper(rough, np.random.default_rng(0)))
-    assert worst(judged(budgets(p), {name: np.asarray(x) for name, x in observed.items()})) > 1
+    observed = reference(p, wrapper(rough, np.random.default_rng(0), draws=1))
+    assert worst(judged(budgets(p), {name: np.asarray(x)[0] for name, x in observed.items()})) > 1
 
 
 ORDINARY: dict[str, Any] = asdict(Hyperparameters(lr=1e-3))
@@ -419,8 +420,7 @@ def test_the_noise_of_a_budget_is_that_of_the_lane() -> None:
         return x
 
     simple(run, arithmetic=BFLOAT16)
-    assert seen[0] is FLOAT64
-    assert set(seen[1:]) == {BFLOAT16}
+    assert seen == [FLOAT64, BFLOAT16]
 
 
 def test_float64_results_agree_up_to_rounding_or_not() -> None:

@@ -15,7 +15,8 @@ from trysquare_conformance import inputs, registry
 from trysquare_conformance.case import SHORT_DTYPES, Case
 from trysquare_conformance.cases import thorn
 from trysquare_conformance.lanes import LANES
-from trysquare_conformance.noise import BFLOAT16, FLOAT32, wrapper
+from trysquare_conformance.noise import BFLOAT16, FLOAT32
+from trysquare_conformance.noisy import wrapper
 from trysquare_conformance.pairwise import Choice, Factors, uncovered
 from trysquare_conformance.snapshots import Feed
 from trysquare_conformance.thorn_steps import ALGORITHMIC, KINDS, hyperparameters
@@ -127,7 +128,7 @@ def test_the_exhaustive_tier_is_a_product() -> None:
 
 def test_products_in_half_precision_widen_the_budget_of_a_matrix_and_of_nothing_else() -> None:
     one = thorn.case("quick", kind="model", shapes=((12, 10), (7,)), matmul_dtype="bfloat16", betas=(0.9, 0.0))
-    wrap = wrapper(FLOAT32, np.random.default_rng(0))
+    wrap = wrapper(FLOAT32, np.random.default_rng(0), draws=2)
     before, feed = next(iter(thorn.SUBJECT.trajectory(one)))
     exact = thorn.SUBJECT.advance(one, before, feed)
     noisy = thorn.SUBJECT.advance(one, before.wrapped(wrap), feed.wrapped(wrap))

@@ -12,7 +12,8 @@ from trysquare import THORN
 from trysquare._thorn_steps import rule_of
 from trysquare_conformance.behaviour import Shapes, parameters, written
 from trysquare_conformance.budget import STORED, Budget, Wrap, measure
-from trysquare_conformance.noise import BFLOAT16, FLOAT32, FLOAT64, Arithmetic, Noisy, mixed
+from trysquare_conformance.noise import BFLOAT16, FLOAT32, FLOAT64, Arithmetic, mixed
+from trysquare_conformance.noisy import Noisy
 from trysquare_conformance.snapshots import rounded, to_array
 from trysquare_reference import thorn as reference
 
@@ -131,7 +132,7 @@ def budgets(
         for gradient in gradients:
             theta, state = reference.release_step(theta, wrap(gradient), state, hp)
             if half and isinstance(theta, Noisy):  # as in the lane each step ends with a rounding; exact stays exact
-                theta = wrap(rounded(theta, own))
+                theta = rounded(theta, own)
         return {"parameter": theta, **{name: np.asarray(value) for name, value in state.items()}}
 
     wide = "float64" if parameter.dtype == torch.float64 else "float32"

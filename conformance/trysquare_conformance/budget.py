@@ -1,6 +1,6 @@
 """Error budgets that the reference sets itself. The only file that knows a tolerance.
 
-A reference page runs D times in the noisy arithmetic of the lane (`noise`) and once in float64. How far the draws
+A reference page runs once in float64, and in D draws of the noisy arithmetic of the lane (`noise`). How far the draws
 stray from the float64 result is what honest code of that precision may stray on this very input.
 
 **Entry by entry.** σᵢ² is the mean square of the D errors of entry i. An entry is allowed
@@ -46,7 +46,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from trysquare_conformance.noise import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Arithmetic, wrapper
+from trysquare_conformance.noise import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Arithmetic
+from trysquare_conformance.noisy import wrapper
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
@@ -183,10 +184,11 @@ def measure(
     seed: int,
     draws: int = DRAWS,
 ) -> dict[str, Budget]:
-    """Run a reference in float64 and `draws` times in noisy arithmetic, and make a budget for each of its outputs.
+    """Run a reference in float64 and in draws of noisy arithmetic, and make a budget for each of its outputs.
 
     Args:
-        run: Computes the outputs from inputs that it passes through the given function first.
+        run: Computes the outputs from inputs that it passes through the given function first; once it is all draws'
+            inputs that come back, and its outputs are then noisy, or have the draws along their first axis.
         arithmetic: In which the lane computes.
         stored: How the lane keeps each output.
         seed: Of the noise: the same seed gives the same budget.
@@ -194,15 +196,21 @@ def measure(
 
     Raises:
         KeyError: An output has no entry in `stored`.
+        ValueError: An output has another shape in noisy arithmetic.
     """
     rng = np.random.default_rng(seed)
     with np.errstate(all="ignore"):
         reference = {name: np.asarray(x, dtype=np.float64) for name, x in run(np.asarray).items()}
-        samples = [run(wrapper(arithmetic, rng)) for _ in range(draws)]
-        return {
-            name: _budget(x, np.stack([np.asarray(sample[name]) for sample in samples]), stored[name])
-            for name, x in reference.items()
-        }
+        drawn = run(wrapper(arithmetic, rng, draws))
+        return {name: _budget(x, _samples(name, drawn[name], x, draws), stored[name]) for name, x in reference.items()}
+
+
+def _samples(name: str, drawn: Array, reference: Array, draws: int) -> Array:
+    """An output with the draws along its first axis. What depends on no input is the same in all of them."""
+    values, shape = np.asarray(drawn, dtype=np.float64), (draws, *reference.shape)
+    if values.shape not in {shape, reference.shape}:
+        raise ValueError(f"{name} has shape {values.shape} in {draws} draws, the reference's has {reference.shape}")
+    return np.broadcast_to(values, shape)
 
 
 def _budget(reference: Array, samples: Array, stored: Stored) -> Budget:

@@ -18,7 +18,8 @@ from trysquare_conformance import inputs
 from trysquare_conformance.budget import STORED, Stored
 from trysquare_conformance.case import Array, Case, Outputs, Stage, Wrap
 from trysquare_conformance.lanes import Lane
-from trysquare_conformance.noise import FLOAT32, FLOAT64, Arithmetic, Noisy
+from trysquare_conformance.noise import FLOAT32, FLOAT64, Arithmetic
+from trysquare_conformance.noisy import Noisy
 from trysquare_conformance.snapshots import Feed, Snapshot, outputs, rounded, to_array, to_tensor
 from trysquare_reference import clipping
 
@@ -214,7 +215,7 @@ class OptimizerSubject(ABC):
 def stepwise(steps: int) -> set[int]:
     """Which of steps 0, 1, … are compared one by one: all of a short run; of a long one ever fewer, and the last two.
 
-    Each is a budget of its own, sixteen runs of the reference; the free run goes over all steps in any case.
+    Each is a budget of its own, sixteen draws of the reference; the free run goes over all steps in any case.
 
     Examples:
         >>> sorted(stepwise(50))

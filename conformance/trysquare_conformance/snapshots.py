@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from trysquare_conformance.case import Array, Outputs, Wrap
+from trysquare_conformance.noisy import exactly
 
 State: TypeAlias = dict[str, Any]
 
@@ -29,7 +30,8 @@ class Snapshot:
         return replace(self, parameters=tuple(change(p, None) for p in self.parameters), states=states)
 
     def wrapped(self, wrap: Wrap) -> "Snapshot":
-        return self.mapped(lambda array, _: wrap(array))
+        """Codes and their maps are data and stay as they are."""
+        return self.mapped(lambda array, name: array if _is_data(array, name) else wrap(array))
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class Feed:
         return replace(self, gradients=tuple(None if g is None else wrap(g) for g in self.gradients))
 
 
+def _is_data(array: Array, name: str | None) -> bool:
+    return array.dtype == np.uint8 or (name or "").startswith("qmap")
+
+
 def outputs(before: Snapshot, after: Snapshot) -> Outputs:
     """What a step did: every update Δθ, every entry of the states, every shared number."""
     pairs = zip(before.parameters, after.parameters, strict=True)
@@ -58,7 +64,7 @@ def outputs(before: Snapshot, after: Snapshot) -> Outputs:
 
 
 def plain(value: Any) -> Array:
-    """The values in float64, without noise."""
+    """The values in float64; of a noisy array those of every draw, along the first axis."""
     return np.array(value, dtype=np.float64, subok=False)
 
 
@@ -73,5 +79,5 @@ def to_array(tensor: torch.Tensor) -> Array:
 
 
 def rounded(array: Array, dtype: str) -> Array:
-    """The nearest values that the dtype holds."""
-    return to_array(to_tensor(array, dtype))
+    """The nearest values that the dtype holds; what is noisy stays so."""
+    return exactly(lambda values: to_array(to_tensor(values, dtype)), array)  # type: ignore[no-any-return]

@@ -21,7 +21,8 @@ from trysquare.ops import polar
 from trysquare_conformance import inputs
 from trysquare_conformance.case import Array, Case, Outputs, Stage
 from trysquare_conformance.lanes import Lane
-from trysquare_conformance.noise import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Arithmetic, Noisy, computed_in
+from trysquare_conformance.noise import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Arithmetic
+from trysquare_conformance.noisy import Noisy, computed_in
 from trysquare_conformance.optimizers import FastRun, OptimizerSubject
 from trysquare_conformance.pairwise import Choice
 from trysquare_conformance.snapshots import Feed, Snapshot, plain, rounded, to_array

@@ -172,7 +172,7 @@ def nearest(s: Array, qmap: Array) -> Codes:
         >>> nearest(np.array([-2.0, 0.0, 0.99648, 0.9965, 1.0]), dynamic_map(signed=True))
         array([  0, 127, 254, 255, 255], dtype=uint8)
     """
-    return np.searchsorted(midpoints(qmap), np.asarray(s), side="left").astype(np.uint8)
+    return np.searchsorted(midpoints(qmap), s, side="left").astype(np.uint8)
 
 
 @quiet

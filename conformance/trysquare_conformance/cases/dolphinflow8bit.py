@@ -244,9 +244,6 @@ class DolphinFlow8bitSubject(DolphinFlowSubject):
         states = ({"step": 0} | {n: np.zeros_like(p) for n in plain if n in s} for p, s in pairs)
         return replace(snapshot, states=tuple(states))
 
-    def advance(self, case: Case, before: Snapshot, feed: Feed) -> Snapshot:
-        return super().advance(case, _with_plain_codes(before), feed)
-
     def as_stored(self, case: Case, exact: Snapshot) -> Snapshot:
         """Codes are integers already."""
 
@@ -288,26 +285,13 @@ class DolphinFlow8bitSubject(DolphinFlowSubject):
             for i, g in enumerate(given):
                 if g is None or "qmap1" not in before.states[i]:
                     continue
-                state = _with_plain_codes(before.wrapped(wrap)).states[i]
+                state = before.wrapped(wrap).states[i]
                 hp = rules[i % len(rules)]
                 moved = dolphinflow8bit.update_moments(wrap(before.parameters[i]), s * g, state, hp)
                 for k, moment in enumerate(moved, 1):
                     scaled = blockwise8bit.scaled(moment, blockwise8bit.block_absmax(moment))
                     found[f"state{k}/{i}"] = np.asarray(scaled)
         return found
-
-
-def _with_plain_codes(snapshot: Snapshot) -> Snapshot:
-    """Codes and maps are data: they have no noise."""
-
-    def plain(state: dict[str, Any], name: str) -> Any:
-        value = state[name]
-        if name.startswith("qmap"):
-            return np.asarray(value)
-        coded = name.startswith("state") and f"qmap{name[-1]}" in state
-        return np.asarray(value).astype(np.uint8) if coded else value
-
-    return replace(snapshot, states=tuple({name: plain(state, name) for name in state} for state in snapshot.states))
 
 
 SUBJECT = DolphinFlow8bitSubject()
