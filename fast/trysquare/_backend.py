@@ -181,7 +181,26 @@ def _compiled_once(
     whole = function if count == 1 else _several(function, count, own)
     code = whole.__code__.replace(co_name=f"{function.__name__}_{abs(hash((count, own, shared, static))):x}")
     renamed = types.FunctionType(code, whole.__globals__, closure=whole.__closure__)
-    return torch.compile(renamed, dynamic=True, fullgraph=True, options=CHUNKS[shared])
+    return _for_all_sizes(torch.compile(renamed, dynamic=True, fullgraph=True, options=CHUNKS[shared]))
+
+
+def _for_all_sizes(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Takes sizes that happen to be equal in the first call for different ones.
+
+    Torch would take them for one, and compile anew at the first matrix that is not square, as the first one was.
+    """
+    compiles = True
+
+    def call(*args: Any) -> Any:
+        nonlocal compiles
+        if not compiles:
+            return compiled(*args)
+        with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # noqa: SLF001
+            result = compiled(*args)
+        compiles = False
+        return result
+
+    return call
 
 
 def _several(function: Callable[..., Any], count: int, own: int) -> Callable[..., Any]:

@@ -182,12 +182,14 @@ class DolphinFlow8bit(CodedLaunches):
             advance(batch.state["step"], finite)
             if not batch.parameters[0].numel():
                 continue
-            on_device = None if scale is None else scale.to(batch.parameters[0].device)
-            if _coded_state.is_coded(batch.parameters[0]):
+            first = batch.parameters[0]
+            kind = torch.float64 if first.dtype == torch.float64 else torch.float32
+            factor = None if scale is None else scale.to(first.device, kind)  # else compiled anew where it is NaN
+            if _coded_state.is_coded(first):
                 for member in range(len(batch.parameters)):
-                    self._move_coded(batch, member, on_device, finite)
+                    self._move_coded(batch, member, factor, finite)
             else:
-                self._move_small(batch, on_device, finite)
+                self._move_small(batch, factor, finite)
 
     def _move_small(self, batch: Batch, scale: Tensor | None, finite: Tensor | None) -> None:
         """Parameters whose moments are not coded, stacked as far as the workspace goes."""

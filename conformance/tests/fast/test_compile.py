@@ -171,11 +171,12 @@ def backends_since(before: Any) -> set[str]:
     return {backend for (backend, _), count in (_backend.calls - before).items() if count}
 
 
-def test_one_compilation_carries_many_shapes() -> None:
-    """And many learning rates, also one that happens to equal another hyperparameter."""
+@pytest.mark.parametrize("rows", [4, 3], ids=["any", "square"])
+def test_one_compilation_carries_many_shapes(rows: int) -> None:
+    """Whatever sizes are equal in the first; and many learning rates, also one that equals another hyperparameter."""
     _backend.forget_compilations()
     before = copy.copy(_backend.calls)
-    first = DolphinFlow(parameters([(4, 3), (3,)]), backend="compiled")
+    first = DolphinFlow(parameters([(rows, 3), (3,)]), backend="compiled")
     run(first, 1)
     made = graphs()
     assert 0 < made <= 4
