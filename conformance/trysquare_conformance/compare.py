@@ -97,11 +97,16 @@ class WitnessError(AssertionError):
     """The result may be right, but the lane's backend did not produce it."""
 
 
-def run_case(subject: Subject, case: Case, lane: Lane, budgets: BudgetStore, witness: Witness) -> Row:
-    """One row of the report. Whatever a case raises becomes its error, so that the next case can run."""
+def run_case(
+    subject: Subject, case: Case, lane: Lane, budgets: BudgetStore, witness: Witness, *, briefly: bool = False
+) -> Row:
+    """One row of the report. Whatever a case raises becomes its error, so that the next case can run.
+
+    Briefly: without the eager lane's result beside its own, and with nothing after the first stage that diverges.
+    """
     started = time.perf_counter()
     try:
-        fields = _judged(subject, case, lane, budgets, witness)
+        fields = _judged(subject, case, lane, budgets, witness, briefly)
     except Exception as error:  # noqa: BLE001  # the report shows it; a verdict must not depend on its type
         fields = {"status": "wrong" if isinstance(error, WitnessError) else "error", "error": describe(error)}
     return row(case, lane.name, seconds=time.perf_counter() - started, **fields)
@@ -133,14 +138,16 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _judged(subject: Subject, case: Case, lane: Lane, budgets: BudgetStore, witness: Witness) -> dict[str, Any]:
+def _judged(
+    subject: Subject, case: Case, lane: Lane, budgets: BudgetStore, witness: Witness, briefly: bool
+) -> dict[str, Any]:
     """The first stage that diverges, or else the worst one; with the drift beside it."""
     worst: Finding | None = None
-    for found in _findings(subject, case, lane, budgets, witness):
+    for found in _findings(subject, case, lane, budgets, witness, None if briefly else lane.baseline):
         worst = found if worst is None or found.size > worst.size else worst
         if worst.size > 1:
             break
-    drift = subject.drift(case, lane)
+    drift = None if briefly and worst is not None and worst.size > 1 else subject.drift(case, lane)
     drifted = None if drift is None else _examine(case, drift, None, budgets, witness)
     if worst is None:
         return {"status": "error", "error": "the case has no stage: nothing was compared"}
@@ -156,8 +163,9 @@ def _status(finding: Finding) -> str:
     return "could not tell" if finding.budget.undetermined.size and not judged else "right"
 
 
-def _findings(subject: Subject, case: Case, lane: Lane, budgets: BudgetStore, witness: Witness) -> Iterator[Finding]:
-    baseline = lane.baseline
+def _findings(
+    subject: Subject, case: Case, lane: Lane, budgets: BudgetStore, witness: Witness, baseline: Lane | None
+) -> Iterator[Finding]:
     eager = repeat(None) if baseline is None else subject.stages(case, baseline)
     for stage, beside in zip(subject.stages(case, lane), eager, strict=False):
         yield _examine(case, stage, beside, budgets, witness)

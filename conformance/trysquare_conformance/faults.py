@@ -26,6 +26,7 @@ from trysquare_conformance import cases as pages
 from trysquare_conformance import registry
 from trysquare_conformance.case import Case
 from trysquare_conformance.compare import BudgetStore, run_case
+from trysquare_conformance.footprint import watched
 from trysquare_conformance.lanes import LANES, Lane
 from trysquare_conformance.planting import Fault
 from trysquare_conformance.process import LaneProcess
@@ -153,24 +154,48 @@ class FaultProcess(LaneProcess):
             super()._take(message)
 
 
+@dataclass(frozen=True)
+class Sound:
+    """A case without a fault: whether it is right, and the functions that it executes, if that can be told."""
+
+    right: bool
+    executed: frozenset[str] | None
+
+    def may_show(self, functions: frozenset[str] | None) -> bool:
+        """Whether changing these functions can make it wrong."""
+        return self.right and (self.executed is None or functions is None or not functions.isdisjoint(self.executed))
+
+
 class Hunt:
     """Looks for faults in one lane, with cases that are right as long as nothing is planted."""
 
     def __init__(self, lane: Lane, budgets: BudgetStore, tier: str = "quick") -> None:
         self.lane, self.budgets, self.tier = lane, budgets, tier
         self.witness = Witness(lane)
-        self._sound: dict[str, bool] = {}
+        self._sound: dict[str, Sound] = {}
+        self._catchers: list[str] = []
 
     def catch(self, fault: Fault) -> Row | None:
-        """The first row that is no longer right under the fault."""
-        for case in self._cases(f"{fault.algorithm}/*"):
-            if not self._is_sound(case):
+        """A row that is no longer right under the fault.
+
+        Cases that execute none of the functions which the fault changes are left out. Those that caught another fault
+        of late are tried first: faults stand in their pages beside what resembles them.
+        """
+        functions = fault.functions
+        for case in sorted(self._cases(f"{fault.algorithm}/*"), key=self._latest):
+            if not self._sound_run(case).may_show(functions):
                 continue
             with fault.planted():
                 found = self._run(case)
             if found["status"] != "right":
+                self._catchers.append(case.id)
                 return found
         return None
+
+    def _latest(self, case: Case) -> int:
+        """Less for a case that caught something later."""
+        times = [time for time, caught in enumerate(self._catchers, 1) if caught == case.id]
+        return -max(times, default=0)
 
     def _cases(self, glob: str) -> list[Case]:
         """Those of the tier; in a compiled lane then those too that come in a later tier only there."""
@@ -181,9 +206,11 @@ class Hunt:
         late = (case for case in registry.select(self.tier, [glob]) if case.id not in known)
         return first + [case for case in late if case.runs_in(self.lane.name) and self.lane.holds(case.dtype)]
 
-    def _is_sound(self, case: Case) -> bool:
+    def _sound_run(self, case: Case) -> "Sound":
+        """What the case is like without a fault; once."""
         if case.id not in self._sound:
-            self._sound[case.id] = self._run(case)["status"] == "right"
+            row, executed = watched(lambda: self._run(case))
+            self._sound[case.id] = Sound(row["status"] == "right", executed if self.lane.is_python else None)
         return self._sound[case.id]
 
     def _run(self, case: Case) -> Row:
@@ -195,7 +222,8 @@ class Hunt:
         return self._run_once(case)
 
     def _run_once(self, case: Case) -> Row:
-        return run_case(registry.ALGORITHMS[case.algorithm], case, self.lane, self.budgets, self.witness)
+        subject = registry.ALGORITHMS[case.algorithm]
+        return run_case(subject, case, self.lane, self.budgets, self.witness, briefly=True)
 
 
 def score(outcomes: Sequence[Outcome]) -> Faults:

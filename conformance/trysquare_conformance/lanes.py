@@ -22,6 +22,9 @@ WITH_KERNELS = ("blockwise8bit", "dolphinflow", "dolphinflow8bit", "stablemax", 
 
 COMPILER_CHECK_SECONDS = 60
 
+INTERPRETED = (("TRITON_INTERPRET", "1"),)
+"""The environment in which Triton interprets kernels."""
+
 
 def _always() -> str | None:
     return None
@@ -103,6 +106,11 @@ class Lane:
         return not (self.device == "mps" and dtype == "float64")
 
     @property
+    def is_python(self) -> bool:
+        """Whether Python executes all of the fast code, in one thread: no compiler's code, no device's threads."""
+        return self.device == "cpu" and self.backend != "compiled"
+
+    @property
     def baseline(self) -> Lane | None:
         """The eager lane of the same device, against which the yardstick measures."""
         return None if self.backend == "eager" else LANES.get(f"eager-{self.device}")
@@ -120,7 +128,7 @@ LANES: dict[str, Lane] = {
             "cpu",
             "triton",
             _triton_interpreter,
-            environment=(("TRITON_INTERPRET", "1"),),
+            environment=INTERPRETED,
             algorithms=WITH_KERNELS,
         ),
         Lane("triton-cuda", "cuda", "triton", _triton_cuda, algorithms=WITH_KERNELS),

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from trysquare_conformance.footprint import changed
+
 Change: TypeAlias = Callable[[Any], Any]
 """Makes of the original attribute the faulty one."""
 
@@ -43,10 +45,19 @@ class Fault:
         """As it is selected: `dolphinflow/betas-swapped`."""
         return f"{self.algorithm}/{self.name}"
 
+    @property
+    def functions(self) -> frozenset[str] | None:
+        """The names of those that it changes; None where that cannot be told."""
+        return changed(self._original, self.change)
+
+    @property
+    def _original(self) -> Any:
+        return inspect.getattr_static(self.owner, self.attribute)
+
     @contextmanager
     def planted(self) -> Iterator[None]:
         """While it lasts, the fast code has the fault."""
-        original = inspect.getattr_static(self.owner, self.attribute)
+        original = self._original
         setattr(self.owner, self.attribute, self.change(original))
         try:
             yield

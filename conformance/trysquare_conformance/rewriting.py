@@ -33,6 +33,6 @@ def _module(name: str, source: str) -> ModuleType:
     file = f"<{name} {next(_number)}>"
     linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
     made = ModuleType(name)
-    made.__file__ = file
+    made.__file__, made.__source__ = file, source  # type: ignore[attr-defined]
     exec(compile(source, file, "exec"), made.__dict__)  # noqa: S102  # our own source, but for the planted line
     return made

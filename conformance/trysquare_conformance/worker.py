@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,7 +18,8 @@ import torch
 
 from trysquare_conformance import faults, registry
 from trysquare_conformance.compare import BudgetStore, run_case
-from trysquare_conformance.lanes import LANES, Lane
+from trysquare_conformance.interpreter import without_repetition
+from trysquare_conformance.lanes import INTERPRETED, LANES, Lane
 from trysquare_conformance.report.schema import plain
 from trysquare_conformance.verdict import EXIT_CODES, GOOD
 from trysquare_conformance.witness import Witness
@@ -45,9 +47,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")  # of torch's own code; the suite judges numbers
     lane = LANES[options.lane]
-    if options.fault:
-        _plant(lane, options, lines)
-        return
+    with without_repetition() if lane.environment == INTERPRETED else nullcontext():
+        if options.fault:
+            _plant(lane, options, lines)
+        else:
+            _run(lane, options, lines)
+
+
+def _run(lane: Lane, options: argparse.Namespace, lines: TextIO) -> None:
     witness, budgets = Witness(lane), BudgetStore(options.budgets)
     cases = registry.select(options.tier, options.case, lane.name)
     for case in registry.part(cases, options.part, options.parts):
