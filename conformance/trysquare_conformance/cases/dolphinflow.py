@@ -201,20 +201,29 @@ def standard() -> tuple[Case, ...]:
     """Every pair of levels once: of all arguments on ordinary inputs, and of the rules with every hostile input.
 
     Formulas are paired among themselves, which takes 17 of them; then the first five, which have every level of each,
-    are paired with all numbers, and with many steps, so that a compilation serves many cases.
+    are paired with all numbers, and with many steps. Compiled it is the first two that are paired with all numbers: a
+    compilation serves many of them, but each layout and each size of 1 is one more for every formula.
     """
     formulas = pairwise(FORMULAS)
     every_level = {"formula": formulas[:5], **NUMBERS}
-    ordinary: list[Choice] = [{"formula": formula, "shapes": ((24, 40),)} for formula in formulas]
-    ordinary += pairwise(every_level, allowed)
+    few: list[Choice] = [{"formula": formula, "shapes": ((24, 40),)} for formula in formulas]
+    compiled = pairwise({**every_level, "formula": formulas[:2]}, allowed)
+    ordinary = pairwise(every_level, allowed)
     many_steps = pairwise({**every_level, "steps": (MANY_STEPS,)}, allowed, around="steps")
     hostile = pairwise(HOSTILE, allowed)
     return (
-        *(case("standard", **choice.pop("formula"), **choice) for choice in ordinary),
-        *(case("standard", INTERPRETED_LAST, **choice.pop("formula"), **choice) for choice in many_steps),
+        *(_standard(choice) for choice in few),
+        *(_standard(choice, *[COMPILED_LAST] * (choice not in compiled)) for choice in ordinary),
+        *(_standard(choice, INTERPRETED_LAST) for choice in compiled if choice not in ordinary),
+        *(_standard(choice, INTERPRETED_LAST) for choice in many_steps),
         *(case("standard", COMPILED_LAST, **choice) for choice in hostile),
         *(case("standard", COMPILED_LAST, shapes=LONG_ROWS, dtype=dtype) for dtype in ("bfloat16", "float64")),
     )
+
+
+def _standard(choice: Choice, *late: tuple[str, str]) -> Case:
+    """With the arguments of its formula."""
+    return case("standard", *late, **choice["formula"], **{k: v for k, v in choice.items() if k != "formula"})
 
 
 PRODUCTS: tuple[dict[str, tuple[Any, ...]], ...] = (
