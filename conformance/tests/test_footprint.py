@@ -1,6 +1,7 @@
 """Which functions a run executes and a fault changes: enough to leave a case out, and never too little."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 
 from trysquare import DolphinFlow
 from trysquare.ops import blockwise8bit, decay, moments, polar_express
-from trysquare_conformance import faults
+from trysquare_conformance import faults, registry
+from trysquare_conformance.compare import BudgetStore
 from trysquare_conformance.faults import Sound
 from trysquare_conformance.footprint import changed, watched
 from trysquare_conformance.lanes import LANES
@@ -78,3 +80,18 @@ def test_most_faults_say_what_they_change() -> None:
     told = [fault for fault in faults.all_faults() if fault.functions]
     assert len(told) > 0.9 * len(faults.all_faults())
     assert not any(fault.functions == frozenset() for fault in faults.all_faults())
+
+
+def test_a_case_that_is_left_out_would_not_have_caught_it(tmp_path: Path) -> None:
+    """Each fault in the cases that execute nothing of it, which must be right all the same."""
+    lane, left_out = LANES["eager-cpu"], 0
+    hunt = faults.Hunt(lane, BudgetStore(tmp_path))
+    cases = [case for case in registry.select("quick", ["dolphinflow/*"], lane.name) if case.steps <= 2]
+    for fault in faults.planted_in(lane, ["dolphinflow/*"])[::4]:
+        for case in cases:
+            if hunt._sound_run(case).may_show(fault.functions):
+                continue
+            left_out += 1
+            with fault.planted():
+                assert hunt._run(case)["status"] == "right", (fault.id, case.id)
+    assert left_out > 100
