@@ -68,9 +68,12 @@ def assert_honest_step(optimizer: THORN, step: Callable[[], None]) -> None:
 @compiles
 @pytest.mark.parametrize("kinds", [("matrices", "experts"), ("averaged", "adam"), ("plain matrices", "averaged only")])
 def test_many_steps_are_one_graph(kinds: Sequence[str]) -> None:
-    """With a scheduled tensor as learning rate and steps that are skipped; the first makes state and needs its own."""
+    """With a scheduled tensor as learning rate and steps that are skipped; the first makes state and needs its own.
+
+    Each iteration of the polar factor is in the graph once more: two are enough here, and soon compiled.
+    """
     lr = torch.tensor(0.01)
-    optimizer = thorn(kinds, lr=lr, nonfinite="skip", none_grad=False, **FLOAT32)
+    optimizer = thorn(kinds, lr=lr, nonfinite="skip", none_grad=False, iters=2, **FLOAT32)
     step, params = compiled(optimizer), all_parameters(optimizer)
     give_gradients(params, seed=0)
     step()
