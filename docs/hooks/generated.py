@@ -47,7 +47,7 @@ def budgets() -> str:
     for row in result["results"]:
         grouped[row["algorithm"], row["dtype"], row["lane"]].append(row)
     order = sorted(grouped, key=lambda key: (key[0], summary.dtype_order(key[1]), key[2]))
-    head = ["algorithm", "dtype", "lane", "cases", "$u$", "runs", "multiple of the spread", "allowed", "worst margin"]
+    head = ["algorithm", "dtype", "lane", "cases", "$u$", "draws", "multiple of the spread", "allowed", "worst margin"]
     said = f"From the {result['tier']} tier, {summary.machine_line(result['machine'])}."
     return f"{said}\n\n{table(head, (budget_row(key, grouped[key]) for key in order))}"
 
