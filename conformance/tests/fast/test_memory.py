@@ -87,7 +87,7 @@ def test_matrix_mode_takes_five_tensors_and_two_gram_matrices(shape: tuple[int, 
     """Clipped gradient, update, X, the next X and its return to the update's norm; a half parameter in float32 too."""
     rows, columns = _batches.rows_and_columns(torch.Size(shape))
     tensors = 5 + (dtype != torch.float32)
-    found = peak([shape], dtype, ortho_mode="matrix", workspace_bytes=1)
+    found = peak([shape], dtype, ortho_mode="matrix", workspace_bytes=SMALL)
     assert found <= FLOAT32 * (tensors * rows * columns + 2 * min(rows, columns) ** 2) + SMALL
 
 

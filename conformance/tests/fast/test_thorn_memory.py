@@ -48,13 +48,11 @@ def prepared(shapes: Shapes, dtype: torch.dtype, orthogonalize: bool, **settings
 
 MATRICES = [
     *product(
-        [(120, 60), (80, 80), (16, 8, 3, 3)],
+        [(120, 60), (80, 80), (16, 8, 3, 3), (300, 500)],
         [torch.float32, torch.bfloat16],
         [torch.float32, torch.bfloat16],
         ["propagate", "skip"],
-    ),
-    ((300, 500), torch.bfloat16, torch.float32, "propagate"),  # each takes 20 s to be watched
-    ((300, 500), torch.float32, torch.bfloat16, "skip"),
+    )
 ]
 """Shape, dtype of the products and of the parameter, and `nonfinite`."""
 
@@ -75,7 +73,8 @@ def test_a_matrix_takes_six_tensors_and_two_gram_matrices(
     shape: tuple[int, ...], products: torch.dtype, dtype: torch.dtype, policy: str
 ) -> None:
     """A half parameter one more, in float32; a step that may be taken back two more."""
-    optimizer = prepared([shape], dtype, orthogonalize=True, workspace_bytes=1, matmul_dtype=products, nonfinite=policy)
+    settings = {"workspace_bytes": SMALL, "matmul_dtype": products, "nonfinite": policy}
+    optimizer = prepared([shape], dtype, orthogonalize=True, **settings)
     size = torch.Size(shape).numel()
     side = min(shape[0], size // shape[0])
     tensors = 6 + (dtype != torch.float32) + 2 * (policy == "skip")
