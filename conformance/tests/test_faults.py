@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from trysquare.ops import decay, moments
-from trysquare_conformance import faults
+from trysquare_conformance import catchers, faults, registry
+from trysquare_conformance.compare import BudgetStore
 from trysquare_conformance.lanes import LANES
 from trysquare_conformance.planting import Fault, Planter
 from trysquare_conformance.rewriting import rewritten
@@ -98,6 +99,38 @@ def test_a_lane_that_cannot_run_plants_nothing(monkeypatch: pytest.MonkeyPatch) 
         faults.run(["compiled-cpu"])
 
 
+def test_a_fault_is_looked_for_first_where_it_was_caught_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    chosen = [case for case in registry.select("quick", ["dolphinflow/*"], "eager-cpu") if case.steps == 1][-1]
+    fault = planted("decay")
+    assert outcomes(monkeypatch, fault)[0].caught["case"] != chosen.id  # type: ignore[index]
+    monkeypatch.undo()
+    monkeypatch.setattr(catchers, "remembered", lambda _: {fault.id: chosen.id})
+    caught = faults.Hunt(LANES["eager-cpu"], BudgetStore(tmp_path)).catch(fault)
+    assert caught is not None
+    assert caught["case"] == chosen.id
+
+
+@pytest.mark.parametrize("lane", catchers.read(catchers.FILE))
+def test_what_is_remembered_of_faults_and_cases_exists(lane: str) -> None:
+    """Else it would be no help: `trysquare faults --catchers` writes it anew."""
+    remembered = catchers.remembered(lane)
+    assert remembered.keys() <= {fault.id for fault in FAULTS}
+    assert set(remembered.values()) <= {case.id for case in registry.select("quick", lane=lane)}
+
+
+def test_a_lane_without_a_memory_uses_that_of_the_eager_one() -> None:
+    assert catchers.remembered("eager-cuda") == catchers.remembered("eager-cpu") != {}
+
+
+def test_remembering_some_faults_forgets_no_others(tmp_path: Path) -> None:
+    file = tmp_path / "catchers.json"
+    catchers.write(file, [("eager-cpu", "a", "1"), ("eager-cpu", "b", "2")])
+    catchers.write(file, [("eager-cpu", "b", "3"), ("compiled-cpu", "a", "4")])
+    assert catchers.read(file) == {"compiled-cpu": {"a": "4"}, "eager-cpu": {"a": "1", "b": "3"}}
+
+
 def test_a_kernels_fault_is_caught_in_a_process_of_its_lane() -> None:
     if LANES["triton-interpreter"].available():
         pytest.skip("Triton is not installed: it has wheels for Linux only")
@@ -108,9 +141,9 @@ def test_a_kernels_fault_is_caught_in_a_process_of_its_lane() -> None:
 
 def test_a_process_that_plants_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(faults.sys, "executable", shutil.which("false"))
-    lane = replace(LANES["eager-cpu"], environment=(("TRYSQUARE_NOWHERE", "1"),))
+    monkeypatch.setitem(LANES, "eager-cpu", replace(LANES["eager-cpu"], environment=(("TRYSQUARE_NOWHERE", "1"),)))
     with pytest.raises(RuntimeError, match="ended with exit code 1, and dolphinflow/decay-missing was not"):
-        list(faults._run_lane(lane, tmp_path, ["dolphinflow/decay*"], lambda *_: None))
+        faults.run(["eager-cpu"], ["dolphinflow/decay*"], budgets=tmp_path)
 
 
 def test_a_rewritten_module_has_the_mistake_and_refuses_a_text_that_is_gone() -> None:

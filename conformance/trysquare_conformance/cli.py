@@ -83,14 +83,21 @@ def compare(before: Path, after: Path, markdown: Files = None) -> None:
 def plant_faults(
     lane: LaneNames = None,
     fault: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="faults to plant; may be given again")] = None,
+    catchers: Files = None,
 ) -> None:
-    """Plant faults into the fast code and see whether the suite catches each: the proof that it can fail."""
+    """Plant faults into the fast code and see whether the suite catches each: the proof that it can fail.
+
+    --catchers writes which case caught each, to be tried first the next time.
+    """
+    from trysquare_conformance import catchers as memory
     from trysquare_conformance import faults as planted
 
     console = Console()
     with _progress() as progress:
         outcomes = planted.run(_lanes(lane) or ["eager-cpu"], fault or ["*"], progress)
     planted.show(outcomes, console)
+    if catchers is not None:
+        memory.write(catchers, [(o.lane, o.fault.id, o.caught["case"]) for o in outcomes if o.caught is not None])
     raise typer.Exit(0 if outcomes and all(outcome.good for outcome in outcomes) else 1)
 
 

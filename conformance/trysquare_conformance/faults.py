@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trysquare_conformance import cases as pages
-from trysquare_conformance import registry
+from trysquare_conformance import catchers, registry
 from trysquare_conformance.case import Case
 from trysquare_conformance.compare import BudgetStore, run_case
 from trysquare_conformance.footprint import watched
@@ -79,22 +79,28 @@ def run(
     Raises:
         RuntimeError: A lane cannot run here, or its process ended early.
     """
+    chosen = {LANES[name]: planted_in(LANES[name], globs) for name in lanes}
+    for lane in chosen:
+        reason = lane.available()
+        if reason is not None:
+            raise RuntimeError(f"{lane.name} cannot run here: {reason}")
     with tempfile.TemporaryDirectory(prefix="trysquare-") as folder:
         place = budgets or Path(folder)
-        return [outcome for name in lanes for outcome in _run_lane(LANES[name], place, globs, progress)]
+        apart = [lane for lane, here in chosen.items() if len(here) > AT_ONCE or not _is_at_home(lane)]
+        started = {lane: _processes(lane, chosen[lane], place, globs, progress) for lane in apart}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(FaultProcess.run, [process for processes in started.values() for process in processes]))
+        return [
+            outcome
+            for lane, here in chosen.items()
+            for outcome in (_told(lane, here, started[lane]) if lane in started else _here(lane, here, place, progress))
+        ]
 
 
-def _run_lane(lane: Lane, budgets: Path, globs: Sequence[str], progress: Progress) -> Iterator[Outcome]:
-    reason = lane.available()
-    if reason is not None:
-        raise RuntimeError(f"{lane.name} cannot run here: {reason}")
-    here = planted_in(lane, globs)
-    if len(here) > AT_ONCE or not _is_at_home(lane):
-        yield from _plant_apart(lane, here, budgets, globs, progress)
-        return
-    for done, outcome in enumerate(plant(lane, here, budgets), 1):
+def _here(lane: Lane, chosen: Sequence[Fault], budgets: Path, progress: Progress) -> Iterator[Outcome]:
+    for done, outcome in enumerate(plant(lane, chosen, budgets), 1):
         yield outcome
-        progress(f"faults, {lane.name}", done, len(here))
+        progress(f"faults, {lane.name}", done, len(chosen))
 
 
 def planted_in(lane: Lane, globs: Sequence[str]) -> list[Fault]:
@@ -118,10 +124,10 @@ def _is_at_home(lane: Lane) -> bool:
     return all(os.environ.get(name) == value for name, value in lane.environment)
 
 
-def _plant_apart(
+def _processes(
     lane: Lane, chosen: Sequence[Fault], budgets: Path, globs: Sequence[str], progress: Progress
-) -> Iterator[Outcome]:
-    """Plant in processes with the lane's environment, as many at once as there are cores."""
+) -> "list[FaultProcess]":
+    """Processes with the lane's environment, each for a part of the faults."""
     parts = -(-len(chosen) // AT_ONCE)
     worker = [sys.executable, "-m", "trysquare_conformance.worker", "--lane", lane.name, "--tier", "quick"]
     command = [*worker, "--budgets", str(budgets), "--parts", str(parts), *(f"--fault={glob}" for glob in globs)]
@@ -131,10 +137,13 @@ def _plant_apart(
         progress(f"faults, {lane.name}", sum(len(process.caught) for process in processes), len(chosen))
 
     processes += [FaultProcess(lane.name, lane, (), [*command, "--part", str(part)], tell) for part in range(parts)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(FaultProcess.run, processes))
+    return processes
+
+
+def _told(lane: Lane, chosen: Sequence[Fault], processes: "Sequence[FaultProcess]") -> Iterator[Outcome]:
+    """What the processes of a lane said of each fault."""
     for part, process in enumerate(processes):
-        for fault in registry.part(chosen, part, parts):
+        for fault in registry.part(chosen, part, len(processes)):
             if fault.id not in process.caught:
                 raise RuntimeError(f"{lane.name}: {process.ended}, and {fault.id} was not looked for\n{process.said}")
             yield Outcome(fault, lane.name, process.caught[fault.id])
@@ -174,15 +183,18 @@ class Hunt:
         self.witness = Witness(lane)
         self._sound: dict[str, Sound] = {}
         self._catchers: list[str] = []
+        self._remembered = catchers.remembered(lane.name)
 
     def catch(self, fault: Fault) -> Row | None:
         """A row that is no longer right under the fault.
 
-        Cases that execute none of the functions which the fault changes are left out. Those that caught another fault
-        of late are tried first: faults stand in their pages beside what resembles them.
+        Cases that execute none of the functions which the fault changes are left out. The one that caught it before is
+        tried first, then those that caught another fault of late: faults stand in their pages beside what resembles
+        them.
         """
-        functions = fault.functions
-        for case in sorted(self._cases(f"{fault.algorithm}/*"), key=self._latest):
+        functions, before = fault.functions, self._remembered.get(fault.id)
+        cases = sorted(self._cases(f"{fault.algorithm}/*"), key=self._latest)
+        for case in sorted(cases, key=lambda case: case.id != before):
             if not self._sound_run(case).may_show(functions):
                 continue
             with fault.planted():
@@ -206,7 +218,7 @@ class Hunt:
         late = (case for case in registry.select(self.tier, [glob]) if case.id not in known)
         return first + [case for case in late if case.runs_in(self.lane.name) and self.lane.holds(case.dtype)]
 
-    def _sound_run(self, case: Case) -> "Sound":
+    def _sound_run(self, case: Case) -> Sound:
         """What the case is like without a fault; once."""
         if case.id not in self._sound:
             row, executed = watched(lambda: self._run(case))
