@@ -8,8 +8,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Split = Literal["whole", "rows", "elements"]
-"""What an update needs to see at once: a whole parameter, its rows, or nothing but single elements."""
+Split = Literal["whole", "rows", "elements", "flat"]
+"""What an update needs to see at once: a whole parameter, its rows, or nothing but single elements.
+
+Flat are single elements that are not cut: in one row, so that one compilation serves vectors and matrices."""
 
 SCRATCH = 5
 """Scratch tensors of an eager update, an upper bound: clipped gradient, product, update, root, float32 parameter."""
@@ -90,7 +92,7 @@ def pieces(operands: Sequence[list[Tensor]], workspace: int, split: Split, snaps
     together = workspace // (copied * shape.numel())
     for start in range(0, count, together):
         members = slice(start, min(start + together, count))
-        yield _stack([operand[members] for operand in operands], members)
+        yield _stack([operand[members] for operand in operands], members, split)
 
 
 class Members(NamedTuple):
@@ -147,19 +149,20 @@ def together(pieces: Iterable[Piece], most: int) -> Iterator[list[Piece]]:
         yield views
 
 
-def _stack(operands: list[list[Tensor]], members: slice) -> Piece:
-    rows, columns = rows_and_columns(operands[0][0].shape)
+def _stack(operands: list[list[Tensor]], members: slice, split: Split) -> Piece:
+    shape = operands[0][0].shape
+    rows, columns = (1, shape.numel()) if split == "flat" else rows_and_columns(shape)
     batches = [torch.stack(operand).reshape(-1, rows, columns).contiguous() for operand in operands]
     return Piece(batches, members, list(zip(operands[1:], batches[1:], strict=True)))
 
 
 def _blocks(tensors: list[Tensor], member: int, elements: int, split: Split, dense: bool) -> Iterator[Piece]:
     """One parameter, in blocks of its leading index; flattened first where single elements are enough."""
-    if split == "elements" and dense:
+    if split in {"elements", "flat"} and dense:
         tensors = [tensor.view(-1) for tensor in tensors]
     rows, columns = rows_and_columns(tensors[0].shape)
     length, width = (columns, 1) if tensors[0].ndim < 2 else (rows, columns)
-    whole = split == "whole" or tensors[0].ndim == 0 or torch.compiler.is_compiling()
+    whole = split in {"whole", "flat"} or tensors[0].ndim == 0 or torch.compiler.is_compiling()
     block = length if whole else max(1, elements // width)
     for start in range(0, length, block):
         cut = tensors if block >= length else [tensor[start : start + block] for tensor in tensors]

@@ -167,8 +167,9 @@ class Steps(Averaging):
         written = [batch.parameters, *(batch.state[name] for name in names)]
         snapshots = len(written) if self.nonfinite == "skip" else 0
         device = batch.parameters[0].device
-        split, workspace = "whole" if self._chosen(device) == "compiled" else split, self._workspace(device)
-        return _batches.pieces([batch.gradients, *written], workspace, split, snapshots)
+        if self._chosen(device) == "compiled" and split == "elements":
+            split = "flat"  # a compiled update needs no scratch
+        return _batches.pieces([batch.gradients, *written], self._workspace(device), split, snapshots)
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         return _backend.run(self._chosen(args[0].device), function, *args)

@@ -259,9 +259,10 @@ class DolphinFlow(LossAware):
 
     def _split(self, rule: ops.Rule, device: torch.device) -> _batches.Split:
         """A compiled update needs no scratch, so there is nothing to bound."""
-        if self._chosen(device) == "compiled" or rule.ortho_mode == "matrix":
-            return "whole"
-        return "elements" if rule.ortho_mode is None else "rows"
+        by_elements = rule.ortho_mode is None
+        if self._chosen(device) == "compiled":
+            return "flat" if by_elements else "whole"
+        return "whole" if rule.ortho_mode == "matrix" else "elements" if by_elements else "rows"
 
 
 def _mode(group: Group, parameter: Tensor) -> str | None:

@@ -194,6 +194,12 @@ def test_one_compilation_carries_many_shapes(rows: int) -> None:
     assert backends_since(before) == {"compiled"}
 
 
+def test_vectors_and_matrices_of_mode_none_share_a_compilation() -> None:
+    _backend.forget_compilations()
+    run(DolphinFlow(parameters([(5, 7), (9,), (2, 3, 4)]), ortho_mode=None, backend="compiled"), 2)
+    assert graphs() == 1
+
+
 def test_a_checkpoint_changes_its_backend() -> None:
     """From eager to compiled and back; what was loaded is what goes on."""
     eager = DolphinFlow(parameters([(4, 3), (3,)]), lr=0.01)

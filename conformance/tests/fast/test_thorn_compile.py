@@ -147,6 +147,16 @@ def test_the_compiled_backend_is_honest(kind: str) -> None:
 
 
 @compiles
+@pytest.mark.parametrize("schedule_free", [True, False])
+def test_vectors_and_matrices_that_are_not_orthogonalized_share_a_compilation(schedule_free: bool) -> None:
+    _backend.forget_compilations()
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((5, 7), (9,), (2, 3, 4), (6, 6))]
+    optimizer = THORN([{"params": params, "orthogonalize": False}], schedule_free=schedule_free, backend="compiled")
+    run(optimizer, 2)
+    assert graphs() == 1
+
+
+@compiles
 def test_a_checkpoint_changes_its_backend() -> None:
     eager = thorn(("matrices", "averaged"))
     run(eager, 2)
