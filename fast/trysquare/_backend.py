@@ -8,6 +8,7 @@ import os
 import types
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -116,22 +117,32 @@ def run(backend: str, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def run_each(backend: str, function: Callable[..., Any], each: Sequence[Sequence[Any]], *shared: Any) -> list[Any]:
-    """Call an update on several sets of arguments of the same kinds, and shared ones behind them.
+    """Call an update on several sets of arguments, and shared ones behind them.
 
-    Compiled, sets of the same shapes go four, two or one at a time: most of what a call costs on a CPU is the way into
-    the graph, which they then go together.
+    Compiled, neighbours that one compilation serves go four, two or one at a time: most of what a call costs on a CPU
+    is the way into the graph, which they then go together.
     """
     if torch.compiler.is_compiling() or backend != "compiled":
         return [run(backend, function, *own, *shared) for own in each]
+    seen = [[_seen(arg) for arg in own] for own in each]
+    kinds = [_kind(*own) for own in seen]
     results: list[Any] = []
     while len(results) < len(each):
-        count = 1 << (min(TOGETHER, len(each) - len(results)).bit_length() - 1)
-        sets = each[len(results) : len(results) + count]
-        args = [arg for own in sets for arg in own] + list(shared)
+        start = len(results)
+        alike = next((i for i in range(start, len(each)) if kinds[i] != kinds[start]), len(each)) - start
+        count = 1 << (min(TOGETHER, alike).bit_length() - 1)
+        sets, seen_sets = each[start : start + count], chain.from_iterable(seen[start : start + count])
         calls[backend, function.__name__] += count
-        found = _compiled(function, count, len(sets[0]), *map(_seen, args))(*map(_detached, args))
+        update = _compiled(function, count, len(sets[0]), *seen_sets, *map(_seen, shared))
+        found = update(*[_detached(arg) for arg in (*chain.from_iterable(sets), *shared)])
         results += found if count > 1 else [found]
     return results
+
+
+@functools.lru_cache(maxsize=4096)
+def _kind(*seen: Any) -> Any:
+    """What a compilation specialises on in a set of arguments."""
+    return any(_is_shared(*arg) for arg in seen if _is_tensor(arg)), *map(_static, seen)
 
 
 def _seen(arg: Any) -> Any:

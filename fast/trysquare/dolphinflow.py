@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from trysquare._optimizer import Entry, Group
 from trysquare._parameters import arithmetic
 from trysquare.ops import clipping, moments
 from trysquare.ops import dolphinflow as ops
+
+Run: TypeAlias = Sequence[Batch]
+"""Batches of one group and rule."""
 
 
 class DolphinFlow(LossAware):
@@ -151,17 +154,29 @@ class DolphinFlow(LossAware):
 
     def _move(self, batches: Sequence[Batch]) -> None:
         clip = batches[0].group["gradient_clipping"]
-        measured = self._measure(batches, clip) if clip or self.nonfinite == "skip" else None
-        norm, coefficients = measured or (None, [None] * len(batches))
+        runs = self._runs(batches)
+        measured = self._measure(runs, clip) if clip or self.nonfinite == "skip" else None
+        norm, coefficients = measured or (None, [None] * len(runs))
         scale, finite = None if norm is None else norm.scale, self._finite(norm)
         # backwards: what was measured last may still be in a cache
-        for batch, own in zip(reversed(batches), reversed(coefficients), strict=True):
-            if self._launches(batch):
-                self._launch_batch(batch, scale, finite)
+        for run, own in zip(reversed(runs), reversed(coefficients), strict=True):
+            if self._launches(run[0]):
+                self._launch_batch(run[0], scale, finite)
                 continue
-            _advance(batch.state["step"], finite)
-            if batch.parameters[0].numel():
-                self._move_batch(batch, scale, finite, own)
+            _advance(_steps(run), finite)
+            if run[0].parameters[0].numel():
+                self._move_run(run, scale, finite, own)
+
+    def _runs(self, batches: Sequence[Batch]) -> list[list[Batch]]:
+        """Batches whose members one call may take together: compiled, of all shapes; otherwise each is by itself."""
+        if self.backend != "compiled" or torch.compiler.is_compiling():
+            return [[batch] for batch in batches]
+        alike: dict[Any, list[Batch]] = {}
+        for batch in batches:
+            first = batch.parameters[0]
+            kind = id(batch.group), _rule(batch.group, first), first.dtype, first.device, first.numel() == 0
+            alike.setdefault(kind, []).append(batch)
+        return list(alike.values())
 
     def _launch_batch(self, batch: Batch, scale: Tensor | None, finite: Tensor | None) -> None:
         """All members of a batch in a kernel's launch or two, which take no scratch but for the matrix mode."""
@@ -187,52 +202,61 @@ class DolphinFlow(LossAware):
             kernels.step_(bucket, part.shape, numbers, scale, finite, rule, group["eps"])
             part.store()
 
-    def _measure(self, batches: Sequence[Batch], clip: float | None) -> tuple[Norm, list[list[Tensor] | None]]:
+    def _measure(self, runs: Sequence[Run], clip: float | None) -> tuple[Norm, list[list[Tensor] | None]]:
         """The norm of all gradients and, if compiled, the coefficients of each piece, which the same sweep gives."""
+        batches = [batch for run in runs for batch in run]
         if self.backend != "compiled" or torch.compiler.is_compiling():
-            return self._norm(batches, clip), [None] * len(batches)
+            return self._norm(batches, clip), [None] * len(runs)
         on_cpu = all(parameter.device.type == "cpu" for batch in batches for parameter in batch.parameters)
-        norm, coefficients = self._sweep(batches, wide=not on_cpu)
+        norm, coefficients = self._sweep(runs, wide=not on_cpu)
         if on_cpu and not norm.isfinite():  # nothing waits for a device here
-            norm, coefficients = self._sweep(batches, wide=True)
+            norm, coefficients = self._sweep(runs, wide=True)
         return judged(norm, clip), coefficients
 
-    def _sweep(self, batches: Sequence[Batch], *, wide: bool) -> tuple[Tensor, list[list[Tensor] | None]]:
+    def _sweep(self, runs: Sequence[Run], *, wide: bool) -> tuple[Tensor, list[list[Tensor] | None]]:
         sums: list[Tensor] = []
         coefficients: list[list[Tensor] | None] = []
-        for batch in batches:
-            if not (batch.parameters[0].numel() and _rule(batch.group, batch.parameters[0]).projects_gradient):
-                sums += [self._sum_of_squares(gradient) for gradient in batch.gradients]
+        for run in runs:
+            first = run[0].parameters[0]
+            if not (first.numel() and _rule(run[0].group, first).projects_gradient):
+                sums += [self._sum_of_squares(gradient) for batch in run for gradient in batch.gradients]
                 coefficients.append(None)
                 continue
             found = [
                 result
-                for pieces in self._together(batch)
+                for pieces in self._together(run)
                 for result in _backend.run_each("compiled", ops.measure, [p.operands[1::-1] for p in pieces], wide)
             ]
             sums += [total for _, total in found]
             coefficients.append([coefficient for coefficient, _ in found])
         return clipping.total_norm(sums), coefficients
 
-    def _together(self, batch: Batch) -> Iterator[list[Piece]]:
-        """The pieces of a batch, as many at a time as one call takes."""
-        first = batch.parameters[0]
-        written = [batch.parameters, *(tensors for name, tensors in batch.state.items() if name != "step")]
-        snapshots = len(written) if self.nonfinite == "skip" else 0
-        split = self._split(_rule(batch.group, first), first.device)
-        pieces = _batches.pieces([batch.gradients, *written], self._workspace(first.device), split, snapshots)
-        return _batches.together(pieces, _backend.TOGETHER if self.backend == "compiled" else 1)
+    def _together(self, run: Run) -> Iterator[list[Piece]]:
+        """The pieces of a run, as many at a time as one call takes."""
+        most = _backend.TOGETHER if self.backend == "compiled" else 1
+        return _batches.together(self._pieces(run), most)
 
-    def _move_batch(
-        self, batch: Batch, scale: Tensor | None, finite: Tensor | None, measured: list[Tensor] | None
-    ) -> None:
-        group, first = batch.group, batch.parameters[0]
+    def _pieces(self, run: Run) -> Iterator[Piece]:
+        """The pieces of a run; their members are counted through it."""
+        before = 0
+        for batch in run:
+            first = batch.parameters[0]
+            written = [batch.parameters, *(tensors for name, tensors in batch.state.items() if name != "step")]
+            snapshots = len(written) if self.nonfinite == "skip" else 0
+            split = self._split(_rule(batch.group, first), first.device)
+            for piece in _batches.pieces([batch.gradients, *written], self._workspace(first.device), split, snapshots):
+                members = slice(before + piece.members.start, before + piece.members.stop)
+                yield piece._replace(members=members)
+            before += len(batch.parameters)
+
+    def _move_run(self, run: Run, scale: Tensor | None, finite: Tensor | None, measured: list[Tensor] | None) -> None:
+        group, first = run[0].group, run[0].parameters[0]
         rule = _rule(group, first)
         scale = None if scale is None else scale.to(first.device)
-        corrections = self._corrections(batch) if rule.adaptive_lr and rule.bias_correction else None
+        corrections = self._corrections(run) if rule.adaptive_lr and rule.bias_correction else None
         found = None if measured is None else iter(_scaled(measured, scale, first))
         numbers = self._numbers(group, scale, first)
-        for pieces in self._together(batch):
+        for pieces in self._together(run):
             each = [_operands(piece, corrections, None if found is None else next(found)) for piece in pieces]
             before = [piece.snapshot(finite) for piece in pieces]
             _backend.run_each(self._chosen(first.device), ops.update_, each, *numbers, rule)
@@ -241,10 +265,10 @@ class DolphinFlow(LossAware):
                 piece.store()
             del piece, each  # copies are gone before the next are made
 
-    def _corrections(self, batch: Batch) -> Tensor:
+    def _corrections(self, run: Run) -> Tensor:
         """1/√(1 − β₂ᵗ) of every member, (B, 1, 1)."""
-        steps = torch.stack(batch.state["step"])
-        return moments.correction(steps, batch.group["beta2"], arithmetic(batch.parameters[0]))
+        first = run[0]
+        return moments.correction(torch.stack(_steps(run)), first.group["beta2"], arithmetic(first.parameters[0]))
 
     def _numbers(self, group: Group, scale: Tensor | None, parameter: Tensor) -> list[Any]:
         """Clipping factor, η, λ, μ, ε, β₂ and 1 − β₂ in the dtype of the arithmetic."""
@@ -263,6 +287,10 @@ class DolphinFlow(LossAware):
         if self._chosen(device) == "compiled":
             return "flat" if by_elements else "whole"
         return "whole" if rule.ortho_mode == "matrix" else "elements" if by_elements else "rows"
+
+
+def _steps(run: Run) -> list[Tensor]:
+    return [step for batch in run for step in batch.state["step"]]
 
 
 def _mode(group: Group, parameter: Tensor) -> str | None:

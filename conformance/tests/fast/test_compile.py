@@ -172,8 +172,12 @@ def backends_since(before: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("rows", [4, 3], ids=["any", "square"])
-def test_one_compilation_carries_many_shapes(rows: int) -> None:
-    """Whatever sizes are equal in the first; and many learning rates, also one that equals another hyperparameter."""
+def test_one_compilation_carries_many_shapes(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever sizes are equal in the first; and many learning rates, also one that equals another hyperparameter.
+
+    One at a time: how many parameters a call takes is the one thing more that is compiled for.
+    """
+    monkeypatch.setattr(_backend, "TOGETHER", 1)
     _backend.forget_compilations()
     before = copy.copy(_backend.calls)
     first = DolphinFlow(parameters([(rows, 3), (3,)]), backend="compiled")
@@ -196,7 +200,8 @@ def test_one_compilation_carries_many_shapes(rows: int) -> None:
 
 def test_vectors_and_matrices_of_mode_none_share_a_compilation() -> None:
     _backend.forget_compilations()
-    run(DolphinFlow(parameters([(5, 7), (9,), (2, 3, 4)]), ortho_mode=None, backend="compiled"), 2)
+    for shape in ((5, 7), (9,), (2, 3, 4)):
+        run(DolphinFlow(parameters([shape]), ortho_mode=None, backend="compiled"), 2)
     assert graphs() == 1
 
 
@@ -224,9 +229,9 @@ def test_auto_compiles_nothing() -> None:
     assert backends_since(before) == {"eager"}
 
 
-def test_parameters_of_one_shape_share_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameters_of_all_shapes_share_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four, two and one at a time give, bit for bit, what one after the other gives."""
-    shapes = [(40, 30)] * 7 + [(30,)] * 3
+    shapes = [(40, 30), (30,), (40, 30), (50, 20), (24, 60), (50, 20), (30,), (40, 30), (8, 5, 30), (90,)]
     stepped = []
     for most, made in ((4, 8), (1, 3)):  # measured and updated in fours, twos and ones; vectors in twos and ones
         monkeypatch.setattr(_backend, "TOGETHER", most)

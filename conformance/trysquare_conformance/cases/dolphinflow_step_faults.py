@@ -146,14 +146,15 @@ def loss_mean_of_past(f: Any) -> Any:
     return lambda *arguments: f(*arguments[:-1], 1 - arguments[-1])
 
 
-@plant(Optimizer, "_move_batch")
+@plant(Optimizer, "_move_run")
 def rate_of_first_group(f: Any) -> Any:
     """Every group has the learning rate of the first."""
 
-    def move_batch(self: Any, batch: Any, *rest: Any) -> None:
-        f(self, batch._replace(group={**batch.group, "lr": self.param_groups[0]["lr"]}), *rest)
+    def move_run(self: Any, run: Any, *rest: Any) -> None:
+        lr = self.param_groups[0]["lr"]
+        f(self, [batch._replace(group={**batch.group, "lr": lr}) for batch in run], *rest)
 
-    return move_batch
+    return move_run
 
 
 # Batches
@@ -198,6 +199,12 @@ def step_not_counted(_: Any) -> Any:
 def step_counted_twice(f: Any) -> Any:
     """t ← t + 2."""
     return lambda *arguments: (f(*arguments), f(*arguments))
+
+
+@plant(Optimizer, "_pieces", lanes=("compiled-*",))
+def corrections_of_first_shape(f: Any) -> Any:
+    """In a call for several shapes, corrections of the second moment are those of the first shape's members."""
+    return lambda self, run: (piece for batch in run for piece in f(self, [batch]))
 
 
 @plant(BatchedOptimizer, "_batches", lanes=EVERYWHERE)
