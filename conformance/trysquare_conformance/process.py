@@ -28,7 +28,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 class LaneProcess:
     """What to run in the process, and what it has said so far: `ended` how it did, `said` to standard error.
 
-    `name` is the lane's, or that of a part of it.
+    `name` is the lane's, or that of a part of it, the `part`th.
     """
 
     name: str
@@ -37,6 +37,7 @@ class LaneProcess:
     command: Sequence[str]
     progress: Progress
     silence: float = SILENCE_SECONDS
+    part: int = 0
     rows: dict[str, Row] = field(default_factory=dict)
     current: str | None = None
     witness: str | None = None

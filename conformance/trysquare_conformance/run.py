@@ -92,13 +92,18 @@ def _process(
 ) -> LaneProcess:
     worker = [sys.executable, "-m", "trysquare_conformance.worker", "--lane", lane.name, *options]
     name = lane.name if parts == 1 else f"{lane.name} {part + 1}/{parts}"
-    return LaneProcess(name, lane, cases, [*worker, f"--part={part}", f"--parts={parts}"], progress)
+    return LaneProcess(name, lane, cases, [*worker, f"--part={part}", f"--parts={parts}"], progress, part=part)
 
 
 def _run_all(processes: Sequence[LaneProcess]) -> list[Row]:
-    """All processes, as many at once as there are cores, the long ones first; they share the budgets they measure."""
+    """All processes, as many at once as there are cores, the long ones first; they share the budgets they measure.
+
+    Two parts of a lane do not begin together: what the first finds out for both, such as what a compiler can do, the
+    second would wait for.
+    """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        running = {process.name: pool.submit(process.run) for process in sorted(processes, key=_is_quick)}
+        ordered = sorted(processes, key=lambda process: (_is_quick(process), process.part))
+        running = {process.name: pool.submit(process.run) for process in ordered}
         return [row for process in processes for row in running[process.name].result()]
 
 
