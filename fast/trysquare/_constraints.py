@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ class Constraint(Protocol):
     def allows(self, value: Any) -> bool: ...
 
 
-@dataclass(frozen=True)
-class Number:
+class Number(NamedTuple):
     """A finite float (or int) in an interval; with ``tensor`` also a 0-dim float tensor, with ``none`` None."""
 
     low: float = 0.0
@@ -51,8 +49,7 @@ class Number:
         return math.isfinite(value) and above and below
 
 
-@dataclass(frozen=True)
-class Integer:
+class Integer(NamedTuple):
     """An int of at least ``low``."""
 
     low: int
@@ -65,8 +62,7 @@ class Integer:
         return isinstance(value, int) and not isinstance(value, bool) and value >= self.low
 
 
-@dataclass(frozen=True)
-class Flag:
+class Flag(NamedTuple):
     """True or False."""
 
     words: str = "True or False"
@@ -75,8 +71,7 @@ class Flag:
         return isinstance(value, bool)
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """One of a few words."""
 
     options: tuple[str | None, ...]
@@ -89,8 +84,7 @@ class Choice:
         return (value is None or isinstance(value, str)) and value in self.options
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """A tuple or list of two numbers."""
 
     each: Number
@@ -103,8 +97,7 @@ class Pair:
         return isinstance(value, tuple | list) and len(value) == 2 and all(self.each.allows(v) for v in value)
 
 
-@dataclass(frozen=True)
-class Triples:
+class Triples(NamedTuple):
     """None, or a sequence of triples of finite floats."""
 
     words: str = "None or a sequence of triples of finite floats, one for each iteration"
@@ -118,8 +111,7 @@ class Triples:
         return isinstance(value, tuple | list) and len(value) == 3 and all(finite.allows(v) for v in value)
 
 
-@dataclass(frozen=True)
-class DType:
+class DType(NamedTuple):
     """None or one of a few dtypes."""
 
     options: tuple[torch.dtype, ...]
