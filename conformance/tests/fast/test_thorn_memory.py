@@ -46,14 +46,14 @@ def prepared(shapes: Shapes, dtype: torch.dtype, orthogonalize: bool, **settings
     return optimizer
 
 
-MATRICES = [
-    *product(
+MATRICES = list(
+    product(
         [(120, 60), (80, 80), (16, 8, 3, 3), (300, 500)],
         [torch.float32, torch.bfloat16],
         [torch.float32, torch.bfloat16],
         ["propagate", "skip"],
     )
-]
+)
 """Shape, dtype of the products and of the parameter, and `nonfinite`."""
 
 
