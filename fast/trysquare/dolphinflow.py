@@ -246,7 +246,7 @@ class DolphinFlow(LossAware):
             split = self._split(_rule(batch.group, first), first.device)
             for piece in _batches.pieces([batch.gradients, *written], self._workspace(first.device), split, snapshots):
                 members = slice(before + piece.members.start, before + piece.members.stop)
-                yield piece._replace(members=members)
+                yield Piece(piece.operands, members, piece.copies)  # torch 2.6 cannot trace `_replace`
             before += len(batch.parameters)
 
     def _move_run(self, run: Run, scale: Tensor | None, finite: Tensor | None, measured: list[Tensor] | None) -> None:
