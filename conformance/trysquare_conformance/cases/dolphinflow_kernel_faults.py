@@ -105,7 +105,7 @@ IN_PRODUCTS: dict[str, Mistake] = {
 IN_NORM: dict[str, Mistake] = {
     "kernel-norm-without-last-part": (
         "The norm of a long gradient leaves out its last part",
-        (("parts = triton.cdiv(first.numel(), PART)", "parts = max(1, first.numel() // PART)"),),
+        (("parts = triton.cdiv(first.numel(), part)", "parts = max(1, first.numel() // part)"),),
     ),
     "kernel-norm-without-last-block": (
         "The sum of squares of a part leaves out its last block",

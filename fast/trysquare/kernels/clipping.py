@@ -18,7 +18,7 @@ from trysquare.kernels._launch import DTYPES, Table, floats, launch
 from trysquare.ops.clipping import MARGIN
 
 PART = 1 << 14
-"""Elements whose squares one program adds up, at most."""
+"""Elements whose squares one program adds up, at most. Where all are a block, it does not look for more."""
 
 BLOCK = 1024
 """Elements that it holds at a time."""
@@ -27,10 +27,11 @@ BLOCK = 1024
 def sums_of_squares(gradients: Sequence[Tensor]) -> Tensor:
     """Σ g² of parts of contiguous tensors of one shape and dtype; float64, to be added up."""
     first = gradients[0]
-    parts = triton.cdiv(first.numel(), PART)
+    part = PART if first.numel() > BLOCK else BLOCK
+    parts = triton.cdiv(first.numel(), part)
     sums = torch.empty(len(gradients) * parts, dtype=torch.float64, device=first.device)
     table = Table([gradients])
-    constants = {"DTYPE": DTYPES[first.dtype], "PART": PART, "BLOCK": BLOCK, "ALIGNED": table.aligned}
+    constants = {"DTYPE": DTYPES[first.dtype], "PART": part, "BLOCK": BLOCK, "ALIGNED": table.aligned}
     launch(_sums_of_squares, sums.numel(), table.addresses, sums, first.numel(), parts, constants=constants)
     return sums
 
