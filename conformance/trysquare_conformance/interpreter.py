@@ -1,7 +1,7 @@
-"""Triton's interpreter, spared a third of its time: while a kernel runs, its language is replaced once.
+"""Triton's interpreter, spared half of its time: its language is replaced once for all that runs.
 
-The interpreter replaces every function of `triton.language` by its own when a kernel is launched, and again whenever
-the kernel calls a function: thousands of attributes looked through to find that they are replaced already.
+The interpreter replaces every function of `triton.language` by its own when a kernel is launched, puts back all of them
+after it, and replaces them again whenever the kernel calls a function: thousands of attributes looked through.
 """
 
 from collections.abc import Iterator
@@ -19,29 +19,22 @@ class _Nothing:
 
 @contextmanager
 def without_repetition() -> Iterator[None]:
-    """While it lasts, a function that a kernel calls finds the language as the launch has left it."""
+    """While it lasts, a kernel finds the language as the first one has left it; only kernels may use it so long."""
     import triton.language as tl
     from triton.runtime import interpreter
 
-    launch, replace = interpreter.GridExecutor.__call__, interpreter._patch_lang  # noqa: SLF001  # there is no other way
-    launches: list[set[bool]] = []  # which of the language's two modules each launch in progress has replaced
+    replace = interpreter._patch_lang  # noqa: SLF001  # there is no other way
+    done: dict[bool, Any] = {}  # which of the language's two modules have been replaced, and what puts each back
 
-    def launched(executor: Any, *arguments: Any, **options: Any) -> Any:
-        launches.append(set())
-        try:
-            return launch(executor, *arguments, **options)
-        finally:
-            launches.pop()
-
-    def replaced(function: Any) -> Any:
+    def replaced(function: Any) -> _Nothing:
         modules = {value is tl for value in function.__globals__.values() if value is tl or value is tl.core}
-        if not launches:
-            return replace(function)
-        if modules <= launches[-1]:
-            return _Nothing()
-        launches[-1].update(modules)
-        return replace(function)
+        if not modules <= done.keys():
+            done.update(dict.fromkeys(modules - done.keys(), replace(function)))
+        return _Nothing()
 
-    executes = patch.object(interpreter.GridExecutor, "__call__", launched)
-    with executes, patch.object(interpreter, "_patch_lang", replaced):
-        yield
+    try:
+        with patch.object(interpreter, "_patch_lang", replaced):
+            yield
+    finally:
+        for scope in reversed(list(dict.fromkeys(done.values()))):
+            scope.restore()
