@@ -107,6 +107,14 @@ HOSTILE: dict[str, tuple[Any, ...]] = {
     "inputs": tuple(kind for kind in inputs.KINDS if kind not in ORDINARY),
     "steps": (2,),
 }
+COMPILED = (
+    *((0, shapes) for shapes in (PLACE["shapes"], RAGGED, WHOLE_BLOCKS)),
+    *((1, shapes) for shapes in (PLACE["shapes"], WHOLE_BLOCKS)),
+    (2, RAGGED),
+)
+"""Which formulas are compiled for which shapes: every form that the coefficients of a projection's rows take among the
+blocks (one for each element, none, one for each block), and each formula. One takes as long as four of 32-bit steps."""
+
 COMPILED_LAST = ("compiled-*", "exhaustive")
 COMPILED_LATER = ("compiled-*", "standard")
 INTERPRETED_LATER = ("triton-interpreter", "standard")
@@ -185,7 +193,7 @@ def standard() -> tuple[Case, ...]:
     formulas = pairwise(FORMULAS)
     ordinary: list[Choice] = [{"formula": formula, "shapes": CODED} for formula in formulas]
     ordinary += pairwise({"formula": formulas[:5], **NUMBERS}, allowed)
-    compiled = [case("standard", **formula, shapes=shapes) for formula in formulas[:3] for shapes in SHAPES[:3]]
+    compiled = [case("standard", **formulas[which], shapes=shapes) for which, shapes in COMPILED]
     return (
         *compiled,
         *(case("standard", *_last(choice), **choice.pop("formula"), **choice) for choice in ordinary),

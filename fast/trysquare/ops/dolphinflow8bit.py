@@ -118,6 +118,9 @@ def update_coded_(
 
     ``bounds`` are the boundaries of the maps; without a second moment everything of it is None.
     """
+    for whole in (theta, gradient, codes1):  # torch.compile, told the width, compiles sooner and without remainders
+        if whole.shape[-1] != blockwise8bit.BLOCK:
+            raise ValueError(f"shape {tuple(whole.shape)}: the last dimension must be {blockwise8bit.BLOCK}")
     m = blockwise8bit.dequantize(codes1, absmax1, qmap1)
     v = None
     if codes2 is not None and absmax2 is not None and qmap2 is not None:
