@@ -31,6 +31,8 @@ REPORTS = Path("reports")
 OLD_NUMPY = "numpy<2.4"  # Triton 3.2's interpreter takes an array of one element for a number; newer NumPys do not
 SANITIZED = ("*/40x24+24/*/steps=2", "*/300x9/*", "*/2x16500/*", "*/nonfinite=skip/*/nan/*")
 KERNELS = ("triton",) if sys.platform == "linux" else ()  # Triton has wheels for nothing else
+CHECKS: dict[str, tuple[str, ...]] = {"extras": ("verify", *KERNELS), "groups": ("lint", "types", "test")}
+"""What lint, types and tests are installed with together: pip resolves and builds once for all three."""
 WORKERS = ("--numprocesses", "auto", "--maxprocesses", "4")
 SCRIPTS = "Scripts" if os.name == "nt" else "bin"
 
@@ -45,7 +47,9 @@ for name in sys.argv[1:]:
 class House:
     """The shared environment: asked for with extras and dependency groups, extended only by what it still lacks."""
 
-    def __init__(self, session: nox.Session, *extras: str, groups: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, session: nox.Session, extras: tuple[str, ...] = ("verify",), groups: tuple[str, ...] = ()
+    ) -> None:
         self.session = session
         self.home = ROOT / ".nox" / "house"
         target = f".[{','.join(extras)}]" if extras else "."
@@ -92,9 +96,9 @@ def oracles(session: nox.Session) -> str:
     """A folder with the packages that the tests compare against."""
     folder = ROOT / ".nox" / "oracles"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-    for name, requirement in ORACLES.items():
-        if not (folder / name).exists():
-            session.run(*pip, requirement, external=True)
+    missing = [requirement for name, requirement in ORACLES.items() if not (folder / name).exists()]
+    if missing:
+        session.run(*pip, *missing, external=True)
     return str(folder)
 
 
@@ -102,7 +106,7 @@ def oracles(session: nox.Session) -> str:
 def verify(session: nox.Session) -> None:
     """Is it right on this machine? One sentence, and a report to look at."""
     arguments = session.posargs or ["--tier", "quick", *files("quick")]
-    House(session, "verify").run("trysquare", "verify", *arguments)
+    House(session).run("trysquare", "verify", *arguments)
 
 
 @nox.session(venv_backend="none")
@@ -110,19 +114,19 @@ def demo(session: nox.Session) -> None:
     """Train the modular-addition task with AdamW and DolphinFlow; print the table, draw the picture."""
     REPORTS.mkdir(exist_ok=True)
     arguments = session.posargs or ["--picture", str(REPORTS / "demo.png")]
-    House(session, "verify").run("trysquare", "demo", *arguments)
+    House(session).run("trysquare", "demo", *arguments)
 
 
 @nox.session(venv_backend="none")
 def faults(session: nox.Session) -> None:
     """Plant every fault in the compiled lane, where each has to be compiled; `tests` plants them in the eager one."""
-    House(session, "verify").run("trysquare", "faults", *(session.posargs or ["--lane", "compiled-cpu"]))
+    House(session).run("trysquare", "faults", *(session.posargs or ["--lane", "compiled-cpu"]))
 
 
 @nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
     """Ruff's rules and the import contracts."""
-    house = House(session, "verify", groups=("lint",))
+    house = House(session, **CHECKS)
     house.run("ruff", "check", ".")
     house.run("lint-imports", "--no-logo")
 
@@ -130,13 +134,13 @@ def lint(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
     """Mypy, strict, over the three packages."""
-    House(session, "verify", groups=("types",)).run("mypy")
+    House(session, **CHECKS).run("mypy")
 
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """The standard tier of the conformance suite, its planted faults, all kernels compiled, then the pytest suite."""
-    house = House(session, "verify", *KERNELS, groups=("test",))
+    house = House(session, **CHECKS)
     environment = {"TRYSQUARE_ORACLES": oracles(session), "OMP_NUM_THREADS": "1"}
     if not session.posargs:
         kernels = ["--kernels"] if KERNELS else []
@@ -202,14 +206,14 @@ def refuse_without_extra(session: nox.Session, command: str) -> None:
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """The speed tables: everything side by side in one run, medians. Slow, and never part of the tests."""
-    house = House(session, "verify", groups=("test",))
+    house = House(session, groups=("test",))
     house.run("python", "-m", "benchmarks", *session.posargs, TRYSQUARE_ORACLES=oracles(session))
 
 
 @nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
     """Build the documentation strictly into site/; an undocumented public name or a dead link fails it."""
-    house = House(session, "verify", "docs")
+    house = House(session, ("verify", "docs"))
     if not any(REPORTS.glob("*.json")):  # the budgets' numbers in the pages come from a result, never from a keyboard
         house.run("trysquare", "verify", "--tier", "quick", *files("quick"))
     house.run("mkdocs", "build", "--strict", *session.posargs, NO_MKDOCS_2_WARNING="1")
