@@ -1,4 +1,4 @@
-"""Triton's interpreter, spared half of its time: its language is replaced once for all that runs.
+"""Triton's interpreter, spared what it repeats: its language is replaced once for all that runs.
 
 The interpreter replaces every function of `triton.language` by its own when a kernel is launched, puts back all of them
 after it, and replaces them again whenever the kernel calls a function: thousands of attributes looked through.
@@ -24,18 +24,20 @@ def without_repetition() -> Iterator[None]:
     from triton.runtime import interpreter
 
     replace = interpreter._patch_lang  # noqa: SLF001  # there is no other way
-    done: dict[bool, Any] = {}  # which of the language's two modules have been replaced, and what puts each back
+    done: set[bool] = set()  # which of the language's two modules have been replaced
+    scopes: list[Any] = []  # what puts them back
 
     def replaced(function: Any) -> _Nothing:
         modules = {value is tl for value in function.__globals__.values() if value is tl or value is tl.core}
-        if not modules <= done.keys():
-            done.update(dict.fromkeys(modules - done.keys(), replace(function)))
+        if not modules <= done:
+            done.update(modules)
+            scopes.append(replace(function))
         return _Nothing()
 
     try:
         with patch.object(interpreter, "_patch_lang", replaced):
             yield
     finally:
-        for scope in reversed(list(dict.fromkeys(done.values()))):
+        for scope in reversed(scopes):
             if scope is not None:  # Triton 3.2 leaves its language replaced
                 scope.restore()

@@ -77,8 +77,8 @@ def assert_honest_step(optimizer: THORN, step: Callable[[], None]) -> None:
 def test_many_steps_are_one_graph(kinds: Sequence[str], backend: str) -> None:
     """With a scheduled tensor as learning rate and steps that are skipped.
 
-    Each iteration of the polar factor is in the graph once more: two are enough here, and soon compiled. The kinds that
-    do no more than those of the first group are only traced.
+    Each iteration of the polar factor is in the graph once more: two are enough here, and soon compiled. One pair of
+    kinds goes through inductor; what it makes of each update by itself is compared below, kind by kind.
     """
     lr = torch.tensor(0.01)
     optimizer = thorn(kinds, lr=lr, nonfinite="skip", none_grad=False, iters=2, **FLOAT32)

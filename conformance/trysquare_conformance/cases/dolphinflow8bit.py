@@ -113,7 +113,8 @@ COMPILED = (
     (2, RAGGED),
 )
 """Which formulas are compiled for which shapes: every form that the coefficients of a projection's rows take among the
-blocks (one for each element, none, one for each block), and each formula. One takes as long as four of 32-bit steps."""
+blocks (one for each element, none, one for each block), and each formula. A compilation takes several times as long as
+one of a 32-bit update."""
 
 COMPILED_LAST = ("compiled-*", "exhaustive")
 COMPILED_LATER = ("compiled-*", "standard")

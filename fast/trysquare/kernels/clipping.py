@@ -18,7 +18,7 @@ from trysquare.kernels._launch import DTYPES, Table, floats, launch
 from trysquare.ops.clipping import MARGIN
 
 PART = 1 << 14
-"""Elements whose squares one program adds up, at most. Where all are a block, it does not look for more."""
+"""Elements whose squares one program adds up, at most; of a tensor of one block, only that block."""
 
 BLOCK = 1024
 """Elements that it holds at a time."""
