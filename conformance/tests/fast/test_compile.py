@@ -231,9 +231,9 @@ def test_auto_compiles_nothing() -> None:
 
 def test_parameters_of_all_shapes_share_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four, two and one at a time give, bit for bit, what one after the other gives."""
-    shapes = [(40, 30), (40, 30), (50, 20), (24, 60), (50, 20), (8, 5, 30), (40, 30)]
+    shapes = [(40, 30), (30,), (40, 30), (50, 20), (24, 60), (50, 20), (8, 5, 30), (40, 30), (90,)]
     stepped = []
-    for most, made in ((4, 6), (1, 2)):  # measured and updated in fours, twos and ones
+    for most, made in ((4, 7), (1, 3)):  # measured and updated in fours, twos and ones; vectors in twos, or in ones
         monkeypatch.setattr(_backend, "TOGETHER", most)
         _backend.forget_compilations()
         counters.clear()
