@@ -19,6 +19,11 @@ from trysquare_conformance.pairwise import Choice, Factors, pairwise, uncovered
 
 STANDARD = registry.select("standard")
 OF_DOLPHINFLOW = [case for case in STANDARD if case.algorithm == "dolphinflow"]
+ORDINARY: Factors = {
+    **dolphinflow.FORMULAS,
+    "gradient_clipping": [value for values in dolphinflow.CLIPPING.values() for value in values],
+    **dolphinflow.NUMBERS,
+}
 
 
 def choices(cases: Iterable[Case], factors: Factors) -> list[Choice]:
@@ -96,13 +101,12 @@ def test_a_lane_runs_the_algorithms_that_have_its_backend() -> None:
 
 
 def test_every_pair_of_levels_occurs() -> None:
-    ordinary = {**dolphinflow.FORMULAS, **dolphinflow.NUMBERS}
-    for factors in (ordinary, dolphinflow.HOSTILE):
+    for factors in (ORDINARY, dolphinflow.HOSTILE):
         assert uncovered(factors, choices(OF_DOLPHINFLOW, factors), dolphinflow.allowed) == set()
 
 
 def test_many_steps_meet_every_level() -> None:
-    factors = {**dolphinflow.FORMULAS, **dolphinflow.NUMBERS, "steps": (dolphinflow.MANY_STEPS,)}
+    factors = {**ORDINARY, "steps": (dolphinflow.MANY_STEPS,)}
     missing = uncovered(factors, choices(OF_DOLPHINFLOW, factors), dolphinflow.allowed)
     assert [pair for pair in missing if "steps" in dict(pair)] == []
 

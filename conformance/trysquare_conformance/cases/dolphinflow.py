@@ -45,10 +45,11 @@ SECOND_GROUP = (("lr", 1e-2), ("weight_decay", 0.1), ("momentum", 0.5), ("ortho_
 SMALL_WORKSPACE = 1 << 10
 SMALL: Shapes = ((12, 10), (7,))
 TALL_AND_BIAS: Shapes = PLACE["shapes"]
+WIDE: Shapes = ((24, 40),)
 SEVERAL: Shapes = ((12, 10), (12, 10), (7,), (6, 4, 3, 3), (12, 10), (9, 9), (10, 12), (0, 3), (7,))
 SHAPES: tuple[Shapes, ...] = (
     TALL_AND_BIAS,
-    ((24, 40),),
+    WIDE,
     ((16, 16),),
     ((31, 37),),
     ((1, 40), (40, 1)),
@@ -78,12 +79,14 @@ POLICIES = ("propagate", "skip", "raise")
 ORDINARY = ("gaussian", "parallel", "rank-one", "sparse", "missing")
 
 FORMULAS: dict[str, tuple[Any, ...]] = {
-    **{name: RULES[name] for name in ("ortho_mode", "project", "adaptive_lr", "bias_correction")},
-    "gradient_clipping": (1.0, None, 0, 0.05),
+    **{name: RULES[name] for name in ("ortho_mode", "project", "adaptive_lr", "bias_correction", "gradient_clipping")},
     "ns_steps": (2, 5),
     "dtype": DTYPES,
 }
 """What selects another formula: each combination is compiled for itself, and then carries every shape and number."""
+
+CLIPPING: dict[float | None, tuple[float | None, float | None]] = {1.0: (1.0, 0.05), None: (None, 0)}
+"""Values of `gradient_clipping` for which one compilation serves."""
 
 NUMBERS: dict[str, tuple[Any, ...]] = {
     "shapes": SHAPES,
@@ -206,25 +209,38 @@ def allowed(choice: Choice) -> bool:
 def standard() -> tuple[Case, ...]:
     """Every pair of levels once: of all arguments on ordinary inputs, and of the rules with every hostile input.
 
-    Formulas are paired among themselves, which takes 17 of them; then the first five, which have every level of each,
-    are paired with all numbers, and with many steps. Compiled it is the first two that are paired with all numbers: a
-    compilation serves many of them, but each layout and each size of 1 is one more for every formula.
+    Formulas are paired among themselves, which takes 12 of them, each with both of its values for clipping; then the
+    first five, which have every level of each, are paired with all numbers, and with many steps. Compiled it is the
+    first two that are paired with all numbers: a compilation serves many of them, but each layout and each size of 1 is
+    one more for every formula.
     """
-    formulas = pairwise(FORMULAS)
+    formulas, others = _formulas()
     every_level = {"formula": formulas[:5], **NUMBERS}
-    few: list[Choice] = [{"formula": formula, "shapes": ((24, 40),)} for formula in formulas]
     compiled = pairwise({**every_level, "formula": formulas[:2]}, allowed)
     ordinary = pairwise(every_level, allowed)
     many_steps = pairwise({**every_level, "steps": (MANY_STEPS,)}, allowed, around="steps")
     hostile = pairwise(HOSTILE, allowed)
     return (
-        *(_standard(choice) for choice in few),
+        *(_standard({"formula": formula, "shapes": WIDE}) for formula in formulas),
+        *(_standard({"formula": formula, "shapes": WIDE}, INTERPRETED_LAST) for formula in others),
         *(_standard(choice, *[COMPILED_LAST] * (choice not in compiled)) for choice in ordinary),
         *(_standard(choice, INTERPRETED_LAST) for choice in compiled if choice not in ordinary),
         *(_standard(choice, INTERPRETED_LAST) for choice in many_steps),
         *(case("standard", COMPILED_LAST, **choice) for choice in hostile),
         *(case("standard", COMPILED_LAST, shapes=LONG_ROWS, dtype=dtype) for dtype in ("bfloat16", "float64")),
     )
+
+
+def _formulas() -> tuple[list[Choice], list[Choice]]:
+    """All pairs of what selects a formula, with one value for clipping in turn, and with the other."""
+    formulas: list[Choice] = []
+    others: list[Choice] = []
+    for index, formula in enumerate(pairwise(FORMULAS)):
+        values = CLIPPING[formula["gradient_clipping"]]
+        turn = index // 2 % 2
+        formulas.append({**formula, "gradient_clipping": values[turn]})
+        others.append({**formula, "gradient_clipping": values[1 - turn]})
+    return formulas, others
 
 
 def _standard(choice: Choice, *late: tuple[str, str]) -> Case:
