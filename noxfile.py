@@ -35,6 +35,8 @@ CHECKS: dict[str, tuple[str, ...]] = {"extras": ("verify", *KERNELS), "groups": 
 """What lint, types and tests are installed with together: pip resolves and builds once for all three."""
 WORKERS = ("--numprocesses", "auto", "--maxprocesses", "4")
 SCRIPTS = "Scripts" if os.name == "nt" else "bin"
+BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}
+"""Dozens of processes import the same sources: on a machine that asks for no bytecode each would compile them anew."""
 
 PUBLIC_NAMES = """
 import importlib, sys
@@ -76,7 +78,7 @@ class House:
         """Run one of the environment's programs in the repository."""
         scripts = self.home / SCRIPTS
         path = os.pathsep.join([str(scripts), os.environ.get("PATH", "")])
-        self.session.run(str(scripts / program), *arguments, env={"PATH": path, **environment})
+        self.session.run(str(scripts / program), *arguments, env={"PATH": path, **BYTECODE, **environment})
 
 
 def files(name: str) -> list[str]:
@@ -156,7 +158,7 @@ def torch(session: nox.Session, version: str) -> None:
     """The pytest suite on a real install of the oldest supported and of the default torch."""
     own = [OLD_NUMPY] if version == SUPPORTED["oldest"] else []
     install_pinned(session, version, "-e", ".[verify]", *nox.project.dependency_groups(PROJECT, "test"), *own)
-    environment = {"TRYSQUARE_ORACLES": oracles(session), "OMP_NUM_THREADS": "1"}
+    environment = {"TRYSQUARE_ORACLES": oracles(session), "OMP_NUM_THREADS": "1", **BYTECODE}
     session.run("python", "-m", "pytest", *WORKERS, *session.posargs, env=environment)
 
 
