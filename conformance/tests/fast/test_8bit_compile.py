@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -27,11 +26,6 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def twins(**settings: Any) -> tuple[DolphinFlow8bit, DolphinFlow8bit]:
-    first = DolphinFlow8bit(parameters(SHAPES), **settings)
-    return first, copy.deepcopy(first)
-
-
 def apart(first: DolphinFlow8bit, second: DolphinFlow8bit) -> float:
     """The largest distance of two parameters, in learning rates."""
     pairs = zip(all_parameters(first), all_parameters(second), strict=True)
@@ -39,13 +33,17 @@ def apart(first: DolphinFlow8bit, second: DolphinFlow8bit) -> float:
 
 
 def test_steps_of_a_schedule_are_one_graph() -> None:
-    """With a tensor as learning rate and a step that is skipped; near to eager, which has its own roundings."""
-    optimizer, eager = twins(lr=torch.tensor(0.01), nonfinite="skip")
+    """With a tensor as learning rate and a step that is skipped; what is traced is, near to what eager does.
+
+    What inductor makes of such a graph is compared in the test of the seed's compiled train step.
+    """
+    optimizer = DolphinFlow8bit(parameters(SHAPES), lr=torch.tensor(0.01), nonfinite="skip")
+    eager = copy.deepcopy(optimizer)
 
     def take() -> None:
         optimizer.step()
 
-    step = torch.compile(take, fullgraph=True)
+    step = torch.compile(take, fullgraph=True, backend="eager")
     for t in range(20):
         for each in (optimizer, eager):
             each.param_groups[0]["lr"].fill_(0.01 * 0.99**t)
@@ -59,7 +57,7 @@ def test_steps_of_a_schedule_are_one_graph() -> None:
         eager.step()
     assert counters["stats"]["unique_graphs"] <= 2
     assert dict(counters["graph_break"]) == {}
-    assert apart(optimizer, eager) < 0.1
+    assert apart(optimizer, eager) < 0.01
 
 
 def test_the_compiled_backend_is_near_to_eager_and_compiled_for_all_rates() -> None:

@@ -9,7 +9,9 @@ import torch
 from trysquare import THORN, DolphinFlow, DolphinFlow8bit
 from trysquare_conformance.behaviour import all_parameters, bits, normal, parameters, progress, run, written
 from trysquare_conformance.behaviour_thorn import KINDS, groups
+from trysquare_conformance.lanes import LANES
 
+MISSING = LANES["compiled-cpu"].available()
 Make = Callable[..., Any]
 SHAPES = ((4, 3), (4, 3), (3,), (80, 60))
 OPTIMIZERS: dict[str, Make] = {
@@ -22,11 +24,13 @@ OPTIMIZERS: dict[str, Make] = {
         for kind in KINDS
     },
 }
-COMPILED = [
-    (name, "compiled", torch.float64)
-    for name in ("DolphinFlow", "DolphinFlow8bit", "THORN, averaged", "THORN, matrices")
-]
-"""One of each kind of update is enough, and the dtype that is not the arithmetic's."""
+COMPILED: dict[str, Make] = {
+    "DolphinFlow": lambda **settings: DolphinFlow(parameters(SHAPES[:1]), **settings),
+    "DolphinFlow8bit": lambda **settings: DolphinFlow8bit(parameters(SHAPES[-1:]), **settings),
+    "THORN, averaged": OPTIMIZERS["THORN, averaged"],
+    "THORN, matrices": lambda **settings: OPTIMIZERS["THORN, matrices"](iters=2, **settings),
+}
+"""One of each kind of update, and of each one compilation, is enough."""
 
 DECAY = 2.0**-3
 """A power of two: a product with it is exact, so that it is the same whether it is rounded before a sum or not."""
@@ -37,14 +41,10 @@ def numbers(optimizer: Any) -> dict[str, Any]:
     return {name: part for name, part in progress(optimizer).items() if name != "groups"}
 
 
-@pytest.mark.parametrize(
-    ("name", "backend", "dtype"),
-    [*((name, "eager", dtype) for name in OPTIMIZERS for dtype in (torch.float32, torch.float64)), *COMPILED],
-    ids=str,
-)
-def test_a_tensor_decays_as_its_value_does(name: str, backend: str, dtype: torch.dtype) -> None:
-    plain = OPTIMIZERS[name](lr=2.0**-6, weight_decay=DECAY, backend=backend)
-    scheduled = OPTIMIZERS[name](lr=2.0**-6, weight_decay=torch.tensor(DECAY, dtype=dtype), backend=backend)
+def assert_decays_alike(make: Make, backend: str, dtype: torch.dtype) -> None:
+    """Over three steps, the last with another decay."""
+    plain = make(lr=2.0**-6, weight_decay=DECAY, backend=backend)
+    scheduled = make(lr=2.0**-6, weight_decay=torch.tensor(DECAY, dtype=dtype), backend=backend)
     for step, decay in enumerate((DECAY, DECAY, DECAY / 2)):
         for group, other in zip(plain.param_groups, scheduled.param_groups, strict=True):
             group["weight_decay"] = decay
@@ -52,6 +52,19 @@ def test_a_tensor_decays_as_its_value_does(name: str, backend: str, dtype: torch
         run(plain, 1, first=step)
         run(scheduled, 1, first=step)
     assert numbers(scheduled) == numbers(plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_tensor_decays_as_its_value_does(name: str, dtype: torch.dtype) -> None:
+    assert_decays_alike(OPTIMIZERS[name], "eager", dtype)
+
+
+@pytest.mark.skipif(MISSING is not None, reason=f"nothing can be compiled here: {MISSING}")
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_tensor_decays_in_a_compiled_update_as_its_value_does(name: str) -> None:
+    """Of the dtype that is not the arithmetic's."""
+    assert_decays_alike(COMPILED[name], "compiled", torch.float64)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -19,7 +19,10 @@ from torch.utils._pytree import tree_leaves
 from trysquare import THORN, DolphinFlow, DolphinFlow8bit
 from trysquare._capture import Numbers
 
-SHAPES = ((4, 3), (4, 3), (3,), (), (0, 3), (64, 100), (2, 3, 8, 256))
+SHAPES = {
+    torch.float32: ((4, 3), (4, 3), (3,), (), (0, 3), (64, 100), (2, 3, 8, 256)),
+    torch.bfloat16: ((3,), (64, 100)),
+}
 POLICIES = ("propagate", "skip")
 
 Make = Callable[[torch.device, str], Any]
@@ -45,8 +48,8 @@ def parameters(device: torch.device, least: int = 0) -> list[torch.nn.Parameter]
     """Of many shapes and two dtypes, and one that is not contiguous."""
     made = [
         torch.nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
-        for dtype in (torch.float32, torch.bfloat16)
-        for shape in SHAPES
+        for dtype, shapes in SHAPES.items()
+        for shape in shapes
         if len(shape) >= least
     ]
     return [*made, torch.nn.Parameter(torch.ones(64, 80, device=device).mT)]
@@ -105,7 +108,7 @@ def elsewhere(make: Make, nonfinite: str, device: torch.device, rate: float | Te
                 if rate is not None:
                     optimizer.param_groups[0]["lr"] = rate
                 optimizer.step()
-        if seen.count < len(SHAPES):
+        if seen.count < sum(map(len, SHAPES.values())):
             raise RuntimeError(f"only {seen.count} operations were seen")
         found = seen.elsewhere
     return sorted(found)

@@ -12,9 +12,8 @@ ROOT = Path(__file__).parents[3]
 FILES = [file for file in sorted((Path(__file__).parent / "interpreted").glob("*.py")) if file.stem != "conftest"]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_the_kernels_pass_their_tests_in_the_interpreter(file: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", str(file)]
+def test_the_kernels_pass_their_tests_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", *map(str, FILES)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
