@@ -175,6 +175,16 @@ class Sound:
         return self.right and (self.executed is None or functions is None or not functions.isdisjoint(self.executed))
 
 
+def tried(lane: Lane, tier: str, glob: str = "*") -> list[Case]:
+    """In which cases faults are looked for: the tier's; in a compiled lane then those that come later only there."""
+    first = registry.select(tier, [glob], lane.name)
+    if lane.backend != "compiled":
+        return first
+    known = {case.id for case in first}
+    late = (case for case in registry.select(tier, [glob]) if case.id not in known)
+    return first + [case for case in late if case.runs_in(lane.name) and lane.holds(case.dtype)]
+
+
 class Hunt:
     """Looks for faults in one lane, with cases that are right as long as nothing is planted."""
 
@@ -193,7 +203,7 @@ class Hunt:
         them.
         """
         functions, before = fault.functions, self._remembered.get(fault.id)
-        cases = sorted(self._cases(f"{fault.algorithm}/*"), key=self._latest)
+        cases = sorted(tried(self.lane, self.tier, f"{fault.algorithm}/*"), key=self._latest)
         for case in sorted(cases, key=lambda case: case.id != before):
             if not self._sound_run(case).may_show(functions):
                 continue
@@ -208,15 +218,6 @@ class Hunt:
         """Less for a case that caught something later."""
         times = [time for time, caught in enumerate(self._catchers, 1) if caught == case.id]
         return -max(times, default=0)
-
-    def _cases(self, glob: str) -> list[Case]:
-        """Those of the tier; in a compiled lane then those too that come in a later tier only there."""
-        first = registry.select(self.tier, [glob], self.lane.name)
-        if self.lane.backend != "compiled":
-            return first
-        known = {case.id for case in first}
-        late = (case for case in registry.select(self.tier, [glob]) if case.id not in known)
-        return first + [case for case in late if case.runs_in(self.lane.name) and self.lane.holds(case.dtype)]
 
     def _sound_run(self, case: Case) -> Sound:
         """What the case is like without a fault; once."""

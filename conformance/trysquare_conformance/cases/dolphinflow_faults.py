@@ -227,26 +227,16 @@ def projection_of_matrix(_: Any) -> Any:
     return gradient_coefficient
 
 
-@plant(projection, "gradient_coefficient")
+@plant(projection, "coefficient")
 def projection_unguarded(_: Any) -> Any:
     """0/0 in a zero row."""
-
-    def gradient_coefficient(g: Tensor, w: Tensor) -> Tensor:
-        along, square = projection.row_products(g, w)
-        return along / square
-
-    return gradient_coefficient
+    return lambda along, square: along / square
 
 
-@plant(projection, "gradient_coefficient")
+@plant(projection, "coefficient")
 def projection_without_domain(_: Any) -> Any:
     """Rows outside the domain are projected too."""
-
-    def gradient_coefficient(g: Tensor, w: Tensor) -> Tensor:
-        along, square = projection.row_products(g, w)
-        return along / (square + projection.SMALLEST_SQUARE)
-
-    return gradient_coefficient
+    return lambda along, square: along / (square + projection.SMALLEST_SQUARE)
 
 
 @plant(projection, "gradient_coefficient")

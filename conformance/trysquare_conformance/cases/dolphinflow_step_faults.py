@@ -14,7 +14,7 @@ from trysquare_conformance.snapshots import to_array
 from trysquare_reference import dolphinflow as reference
 
 Optimizer = dolphinflow.DolphinFlow
-COMPILED = ("compiled-*",)
+COMPILED, EAGER = ("compiled-*",), ("eager-*",)
 EVERYWHERE = ("*",)
 plant = Planter("dolphinflow", lanes=WITHOUT_KERNELS)
 FAULTS = plant.faults
@@ -58,10 +58,22 @@ def clip_leaves_out_the_end(f: Any) -> Any:
     return lambda gradient: f(gradient.flatten()[: gradient.numel() // clipping.SUMMED * clipping.SUMMED])
 
 
-@plant(clipping, "summed_in_parts")
+@plant(clipping, "summed_in_parts", lanes=EAGER)
 def clip_overflows(f: Any) -> Any:
     """A sum of squares beyond float32 is taken for the largest number."""
     return lambda gradient: f(gradient).nan_to_num(posinf=3e38)
+
+
+@plant(Optimizer, "_sweep", lanes=COMPILED)
+def sweep_stays_narrow(f: Any) -> Any:
+    """Where a sum of squares is beyond float32 it is not formed again in float64."""
+    return lambda self, runs, **_: f(self, runs, wide=False)
+
+
+@plant(dolphinflow, "_scaled", lanes=COMPILED)
+def coefficients_not_clipped(f: Any) -> Any:
+    """The clipped gradient is projected as if it were still as long as before."""
+    return lambda measured, _, parameter: f(measured, None, parameter)
 
 
 @plant(Optimizer, "_move", lanes=EVERYWHERE)
@@ -289,10 +301,10 @@ def raise_lets_pass(_: Any) -> Any:
     return lambda *_: None
 
 
-@plant(_backend, "run", lanes=COMPILED)
+@plant(_backend, "run_each", lanes=COMPILED)
 def falls_back(f: Any) -> Any:
     """Eager runs where another backend was asked for."""
-    return lambda _, function, *arguments: f("eager", function, *arguments)
+    return lambda _, function, each, *shared: f("eager", function, each, *shared)
 
 
 @plant(_backend, "_compiled", lanes=COMPILED)

@@ -445,7 +445,7 @@ for _name, _what, _sizes in (
     plant.add(f"scale-of-{_name}", _what, Steps, "_orthogonalized", _scaled_by(_sizes))
 
 
-@plant(ops, "apply_")
+@plant(ops, "apply_", lanes=("eager-*",))  # inductor leaves out a conversion there and back
 def rate_in_parameter_dtype(f: Any) -> Any:
     """The rate rounded to half precision, where it can overflow."""
     return lambda theta, x, v, rate, *rest: f(theta, x, v, rate.to(theta.dtype), *rest)
