@@ -325,6 +325,19 @@ def test_either_side_of_a_discontinuity_is_right_and_nothing_between_them() -> N
     assert budget.low[0] == budget.high[0] == budget.reference[0]
 
 
+def test_draws_on_two_neighbouring_numbers_are_no_discontinuity() -> None:
+    """Draws of several steps are rounded between them. What is as far beyond one of them as that beyond it is right."""
+    x, unit = np.ones(1), 2.0**-23
+
+    def run(wrap: Wrap) -> Array:
+        return x if wrap is np.asarray else x + unit * (np.arange(DRAWS)[:, np.newaxis] % 2)
+
+    budget = simple(run)
+    assert budget.low == budget.high == budget.reference
+    assert judge(budget, x - 3 * unit).right
+    assert not judge(budget, x + 9 * unit).right
+
+
 def test_a_row_at_the_bound_of_its_domain_may_be_projected_or_not() -> None:
     w = np.full((1, 4), math.sqrt(1e-8 / 4))
     hp = Hyperparameters(project="update", lr=1.0, weight_decay=0.0, gradient_clipping=None, adaptive_lr=False)

@@ -28,7 +28,9 @@ a correction kept as a factor.
 is held to half of that, to rounding to nearest: truncation would show.
 
 **Discontinuities are sets.** Where the draws of an entry fall into two groups further apart than `multiple(D)` times
-the scatter within the groups, an answer near either group is right and one between them is not.
+the scatter within the groups, an answer near either group is right and one between them is not. Draws of
+several steps are rounded to storage between them; then ulp²/12 belongs to that scatter: a few draws may happen to fall
+on two neighbouring numbers, which would seem two groups without any scatter.
 
 **Range.** An entry that is infinite or NaN in the reference and in all draws must be so in the lane (infinite or NaN:
 which of the two depends on the order of operations). An entry where they differ is undetermined and not judged.
@@ -220,7 +222,7 @@ def _budget(reference: Array, samples: Array, stored: Stored) -> Budget:
     finite, finite_draws = np.isfinite(reference), np.isfinite(samples)
     judged = finite & finite_draws.all(axis=0)
     reference_or_0, samples = np.where(judged, reference, 0.0), np.where(judged, samples, 0.0)
-    low, high, errors = _sides(reference_or_0, samples)
+    low, high, errors = _sides(reference_or_0, samples, stored)
     spread = np.sqrt(np.mean(np.square(errors), axis=0))
     scatter = multiple(draws) * spread
     largest = np.maximum(np.abs(stored.offset + low), np.abs(stored.offset + high))
@@ -242,7 +244,7 @@ def _budget(reference: Array, samples: Array, stored: Stored) -> Budget:
     )
 
 
-def _sides(reference: Array, samples: Array) -> tuple[Array, Array, Array]:
+def _sides(reference: Array, samples: Array, stored: Stored) -> tuple[Array, Array, Array]:
     """The accepted answers (low, high) of every entry, and each draw's distance from the nearer one.
 
     The draws and the reference, in order, are cut at their widest gap. That cut is a discontinuity if at least two of
@@ -257,12 +259,19 @@ def _sides(reference: Array, samples: Array) -> tuple[Array, Array, Array]:
     count = cut + 1
     centre_low = np.sum(np.where(below, together, 0.0), axis=0) / count
     centre_high = np.sum(np.where(below, 0.0, together), axis=0) / (len(together) - count)
-    within = np.sqrt(np.mean(np.square(together - np.where(below, centre_low, centre_high)), axis=0))
+    within = np.mean(np.square(together - np.where(below, centre_low, centre_high)), axis=0)
+    within = np.sqrt(within + _variance_of_rounding(samples, stored))
     both = (count >= 2) & (count <= len(together) - 2) & (gap > multiple(len(samples)) * within)
     is_low = reference <= np.take_along_axis(together, cut[np.newaxis], axis=0)[0]
     low = np.where(both & ~is_low, centre_low, reference)
     high = np.where(both & is_low, centre_high, reference)
     return low, high, _distance(samples, low, high)
+
+
+def _variance_of_rounding(samples: Array, stored: Stored) -> Array:
+    """ulp²/12 where all draws are numbers of the storage format, because they are rounded on the way; else 0."""
+    ulp = stored.ulp(np.abs(stored.offset + samples[0]))
+    return np.where((stored.round(samples) == samples).all(axis=0), np.square(ulp) / 12, 0.0)
 
 
 def _distance(x: Array, low: Array, high: Array) -> Array:
