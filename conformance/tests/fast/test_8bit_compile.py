@@ -33,7 +33,7 @@ def apart(first: DolphinFlow8bit, second: DolphinFlow8bit) -> float:
 
 
 def test_steps_of_a_schedule_are_one_graph() -> None:
-    """With a tensor as learning rate and a step that is skipped; what is traced is, near to what eager does.
+    """With a tensor as learning rate and a step that is skipped; what is traced is near to what eager does.
 
     What inductor makes of such a graph is compared in the test of the seed's compiled train step.
     """

@@ -237,7 +237,7 @@ def _formulas() -> tuple[list[Choice], list[Choice]]:
     others: list[Choice] = []
     for index, formula in enumerate(pairwise(FORMULAS)):
         values = CLIPPING[formula["gradient_clipping"]]
-        turn = index // 2 % 2
+        turn = index // 2 % 2  # so that the first four have all values
         formulas.append({**formula, "gradient_clipping": values[turn]})
         others.append({**formula, "gradient_clipping": values[1 - turn]})
     return formulas, others
