@@ -250,6 +250,7 @@ def _quick_matrices(ortho: Choice) -> Iterator[Choice]:
     yield {**ortho, "none_grad": True, "schedule": "falling", "tensor_lr": True}
     for kind in ("condition-1e12", "gradient-1e30", "negative-zero", "sparse"):
         yield {**ortho, "inputs": kind, "steps": 1}
+    yield {**ortho, "inputs": "subnormal", "dtype": "float64", "matmul_dtype": None, "betas": (0.9, 0.0), "steps": 1}
     for policy in ("skip", "raise"):
         yield {**ortho, "family": "small", "inputs": "inf", "nonfinite": policy}
 
@@ -267,10 +268,12 @@ def allowed(choice: Choice) -> bool:
 
 
 def _underflows(choice: Choice) -> bool:
-    """Far below eps a row norm is a product that underflows, and X is zero or nearly so."""
-    normalizes = choice.get("kind") in {"ortho", "batched", "model"} and choice.get("betas", (0, 0))[1] > 0
+    """X is zero or nearly so: far below eps as a row norm's product, and of float64's subnormals in shorter products."""
+    orthogonalizes, subnormal = choice.get("kind") in {"ortho", "batched", "model"}, choice.get("inputs") == "subnormal"
+    normalizes = choice.get("betas", (0, 0))[1] > 0
     below = choice.get("inputs") in {"gradient-1e-30", "both-tiny"} and choice.get("eps", 1e-8) > 1e-8
-    return normalizes and (below or choice.get("inputs") == "subnormal")
+    shorter = choice.get("dtype") == "float64" and choice.get("matmul_dtype") is not None
+    return orthogonalizes and (normalizes and (below or subnormal) or (shorter and subnormal))
 
 
 def _cancels(choice: Choice) -> bool:

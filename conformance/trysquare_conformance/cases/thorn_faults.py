@@ -192,6 +192,17 @@ def norm_in_float32(_: Any) -> Any:
     return normalized
 
 
+@plant(polar, "normalized")
+def norm_by_quotient(f: Any) -> Any:
+    """Of subnormal u, ε over the largest entry is infinite, and X = 0."""
+
+    def normalized(u: Tensor, safety_factor: float, eps: float, dtype: torch.dtype) -> Tensor:
+        largest = u.abs().amax((-2, -1), keepdim=True)
+        return f(u * torch.isfinite(eps / largest), safety_factor, eps, dtype)  # type: ignore[no-any-return]
+
+    return normalized
+
+
 @plant(polar, "polar_factor")
 def polar_in_bfloat16(f: Any) -> Any:
     """Products in bfloat16 where float32 was asked for."""

@@ -140,9 +140,10 @@ def normalized(u: Tensor, safety_factor: Scalar, eps: Scalar, dtype: torch.dtype
             return _divided(u, dtype, (1 + safety_factor) * norm.clamp(min=eps))
     largest = torch.maximum(u.amax((-2, -1), keepdim=True), -u.amin((-2, -1), keepdim=True))
     largest = torch.where(largest == 0, 1.0, largest)
-    norm = _norm(u, largest)
-    norm = torch.maximum(norm, eps / largest.to(norm.dtype)).clamp(min=1.0)  # which it is but for zero
-    return _divided(u, dtype, largest, (1 + safety_factor) * norm)
+    norm = _norm(u, largest).clamp(min=1.0)  # which it is but for zero
+    is_small = norm * largest < eps
+    first = torch.where(is_small, eps, largest)  # eps over a subnormal is infinite
+    return _divided(u, dtype, first, (1 + safety_factor) * torch.where(is_small, 1.0, norm))
 
 
 def _may_look(device: torch.device) -> bool:
