@@ -57,7 +57,8 @@ def _is_data(array: Array, name: str | None) -> bool:
 def outputs(before: Snapshot, after: Snapshot) -> Outputs:
     """What a step did: every update Δθ, every entry of the states, every shared number."""
     pairs = zip(before.parameters, after.parameters, strict=True)
-    result = {f"update/{i}": plain(new) - plain(old) for i, (old, new) in enumerate(pairs)}
+    with np.errstate(invalid="ignore"):  # where a weight was infinite and stays so
+        result = {f"update/{i}": plain(new) - plain(old) for i, (old, new) in enumerate(pairs)}
     for i, state in enumerate(after.states):
         result |= {f"{name}/{i}": plain(value) for name, value in state.items()}
     return result | {name: plain(value) for name, value in after.shared.items()}

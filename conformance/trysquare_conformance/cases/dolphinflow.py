@@ -161,6 +161,7 @@ def quick() -> Iterator[Case]:
     yield case("quick", INTERPRETED_LAST, shapes=((12, 10),), steps=MANY_STEPS)
     for kind in ("parallel", "zero-rows", "many-scales", "domain-edge", "gradient-1e30", "zero-gradient", "nan", "inf"):
         yield case("quick", inputs=kind, shapes=SMALL, weight_decay=0.1, lr=1e-2)
+    yield case("quick", inputs="infinite-weight", shapes=SMALL)
     for kind, policy in product(("nan", "inf"), ("skip", "raise")):
         yield case("quick", inputs=kind, nonfinite=policy, shapes=SMALL, steps=2)
     yield case("quick", COMPILED_LATER, shapes=LONG_ROWS)  # so many elements are compiled for several threads

@@ -176,7 +176,7 @@ def _quick_eager(core: Choice) -> Iterator[Choice]:
     yield {"loss_aware_schedule": True, "tensor_lr": True, "weight_decay": 0.5, "steps": 6}
     plain = {"gradient_clipping": None, "momentum": 0.0, "beta2": 0.5, "eps": 1e-3, "layout": "strided"}
     yield {**core, **plain}
-    for kind in ("parallel", "zero-rows", "outlier", "subnormal", "gradient-1e-30"):
+    for kind in ("parallel", "zero-rows", "outlier", "subnormal", "gradient-1e-30", "infinite-weight"):
         yield {"inputs": kind, "shapes": CODED, "lr": 1e-2, "steps": 2}
 
 

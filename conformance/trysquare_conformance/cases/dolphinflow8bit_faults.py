@@ -197,6 +197,12 @@ def not_projected(_: Any) -> Any:
 
 
 @plant(projection, "subtract_")
+def projected_by_zero(_: Any) -> Any:
+    """A coefficient of 0 is subtracted like others: beside an infinite weight that is NaN."""
+    return lambda x, w, coefficient: x.addcmul_(w, coefficient, value=-1)
+
+
+@plant(projection, "subtract_")
 def projected_twice_over(f: Any) -> Any:
     """g̃ = g − 2w⟨w,g⟩/⟨w,w⟩."""
     return lambda x, w, coefficient: f(x, w, 2 * coefficient)

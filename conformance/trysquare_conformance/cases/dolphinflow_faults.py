@@ -292,6 +292,12 @@ def projection_added(f: Any) -> Any:
 
 
 @plant(projection, "subtract_")
+def projection_by_zero(_: Any) -> Any:
+    """A coefficient of 0 is subtracted like others: beside an infinite weight that is NaN."""
+    return lambda x, w, coefficient: x.addcmul_(w, coefficient, value=-1)
+
+
+@plant(projection, "subtract_")
 def projection_restores_length(f: Any) -> Any:
     """The projected row stretched to the length of the gradient's, as the paper's code does."""
 

@@ -30,6 +30,7 @@ MASK = "here = (row < rows) & (column < columns)"
 PLACES = "places = row.to(tl.int64) * columns + column"
 WRITTEN = "written = moved(here, finite)"
 GRADIENT = "clipped(tl.load(g_place, mask=here, other=0.0), scale, STATE)"
+COEFFICIENT = "coefficient(along, square, eps, PROJECTS, SMALLEST, LARGEST)"
 UNCLIPPED = GRADIENT.replace("scale", "None")
 IN_UPDATE: dict[str, Mistake] = {
     "kernel-rows-not-masked": (
@@ -48,6 +49,10 @@ IN_UPDATE: dict[str, Mistake] = {
     "kernel-rows-share-products": (
         "All rows of a program have one coefficient",
         (("tl.sum(w * g, axis=1, keep_dims=True)", "tl.sum(w * g).to(w.dtype)"),),
+    ),
+    "kernel-projection-by-zero": (
+        "A coefficient of 0 is subtracted like others: beside an infinite weight that is NaN",
+        ((f"g = subtract(g, w, {COEFFICIENT})", f"g -= w * {COEFFICIENT}"),),
     ),
     "kernel-first-rows-coefficient": (
         "The long rows of a parameter have the coefficient of the first",

@@ -268,12 +268,12 @@ def allowed(choice: Choice) -> bool:
 
 
 def _underflows(choice: Choice) -> bool:
-    """X is zero or nearly so: far below eps as a row norm's product, and of float64's subnormals in shorter products."""
+    """X is zero or nearly so: far below eps as a row norm's product, float64's subnormals in a shorter format."""
     orthogonalizes, subnormal = choice.get("kind") in {"ortho", "batched", "model"}, choice.get("inputs") == "subnormal"
     normalizes = choice.get("betas", (0, 0))[1] > 0
     below = choice.get("inputs") in {"gradient-1e-30", "both-tiny"} and choice.get("eps", 1e-8) > 1e-8
     shorter = choice.get("dtype") == "float64" and choice.get("matmul_dtype") is not None
-    return orthogonalizes and (normalizes and (below or subnormal) or (shorter and subnormal))
+    return orthogonalizes and ((normalizes and (below or subnormal)) or (shorter and subnormal))
 
 
 def _cancels(choice: Choice) -> bool:

@@ -21,15 +21,11 @@ def row_coefficient(theta: Tensor, gradient: Tensor, scale: Tensor | None, dtype
 
 
 def direction(theta: Tensor, gradient: Tensor, scale: Tensor | None, coefficient: Tensor | None) -> Tensor:
-    """g̃ in the dtype of θ: the gradient clipped, and projected off θ by what `row_coefficient` found.
-
-    Where that is 0 the gradient stays as it is, even beside weights that are not finite: 0 times those would be NaN.
-    """
+    """g̃ in the dtype of θ: the gradient clipped, and projected off θ by what `row_coefficient` found."""
     g = clipped(gradient, scale, theta.dtype)
     if coefficient is None:
         return g
-    w = torch.where(coefficient == 0, 0.0, theta) if torch.compiler.is_compiling() else theta.nan_to_num(0.0)
-    return projection.subtract_(g.clone() if g is gradient else g, w, coefficient)
+    return projection.subtract_(g.clone() if g is gradient else g, theta, coefficient)
 
 
 def products(w: Tensor, g: Tensor) -> Tensor:

@@ -32,8 +32,13 @@ def gradient_coefficient(g: Tensor, w: Tensor) -> Tensor:
 
 def coefficient(along: Tensor, square: Tensor) -> Tensor:
     """The same from ⟨w,g⟩ and ⟨w,w⟩."""
+    found = along / (square + SMALLEST_SQUARE)
+    if _may_look(square):
+        low, high = square.aminmax()
+        if low.item() >= SMALLEST_SQUARE and high.item() <= LARGEST_SQUARE:
+            return found
     outside = square.clamp(SMALLEST_SQUARE, LARGEST_SQUARE) != square  # as NaN is, too
-    return torch.where(outside, 0.0, along / (square + SMALLEST_SQUARE))
+    return torch.where(outside, 0.0, found)
 
 
 def update_coefficient(u: Tensor, w: Tensor, eps: Scalar) -> Tensor:
@@ -55,5 +60,13 @@ def row_products(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def subtract_(x: Tensor, w: Tensor, coefficient: Tensor) -> Tensor:
-    """x ← x − c·w with one c per row."""
+    """x ← x − c·w with one c per row; where c = 0 the row stays, also beside weights that are not finite."""
+    if not _may_look(w) or not (coefficient.all() or w.sum().isfinite()):
+        w = torch.where(coefficient == 0, 0.0, w)
     return x.addcmul_(w, coefficient, value=-1)
+
+
+def _may_look(x: Tensor) -> bool:
+    """Whether to look at a number is to wait for nothing; a tensor that is only traced has none."""
+    is_computed = not torch.compiler.is_compiling() and type(x) in {Tensor, torch.nn.Parameter}
+    return is_computed and x.device.type == "cpu"
