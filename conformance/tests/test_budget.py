@@ -8,6 +8,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -305,6 +306,48 @@ def test_what_the_storage_format_cannot_hold_is_not_judged() -> None:
     budget = simple(lambda wrap: wrap(np.array([7e4, 1.1])), STORED["float16"])
     assert budget.undetermined.tolist() == [True, False]
     assert judge(budget, np.array([np.inf, float(np.float16(1.1))])).right
+
+
+def test_infinity_is_stored_where_rounding_to_nearest_says_so() -> None:
+    for name, stored in STORED.items():
+        if name == "float64":
+            continue
+        dtype = getattr(torch, name)
+        half_ulp = stored.largest * stored.unit_roundoff / (2 - 2 * stored.unit_roundoff)
+        values = stored.largest + half_ulp * np.array([0.0, 0.999, 1.0, 1.5])
+        assert np.array_equal(np.isinf(stored.store(values)), torch.tensor(values).to(dtype).isinf().numpy())
+
+
+def test_entries_whose_squares_leave_float64_are_judged() -> None:
+    for scale in (1e200, 1e-200):
+        x = scale * np.array([1.1, -2.3, 0.7])
+        budget = measure(lambda wrap, x=x: {"y": wrap(x) * 1.3}, FLOAT64, {"y": STORED["float64"]}, seed=0)["y"]
+        assert 0 < budget.norm < scale * 1e-13
+        assert judge(budget, x * 1.3).right
+        assert not judge(budget, x * 1.3 * (1 + 1e-12)).right
+
+
+def test_the_few_errors_that_float64_can_have_are_no_discontinuity() -> None:
+    """What is left of terms that cancel has an error of −1, 0 or 1 units of the terms, a fused sum half one."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(1, 1.5, 4000)
+    y = -0.9 * x + rng.standard_normal(4000) * 1e-3
+    budget = measure(lambda wrap: {"y": wrap(x) * 0.9 + wrap(y)}, FLOAT64, {"y": STORED["float64"]}, seed=0)["y"]
+    fused = [float(Fraction(a) * Fraction(0.9) + Fraction(b)) for a, b in zip(x, y, strict=True)]
+    assert judge(budget, np.array(fused)).right
+    assert judge(budget, budget.reference).right
+
+
+def test_either_side_of_a_discontinuity_is_right_in_float64_too() -> None:
+    x = np.array([0.7, 1.0, 1.3])
+
+    def run(wrap: Wrap) -> dict[str, Array]:
+        return {"y": np.where(wrap(x) * 3.3 / 3.3 < 1, wrap(x) * 1.1, wrap(x) * 0.5)}
+
+    budget = measure(run, FLOAT64, {"y": STORED["float64"]}, seed=0)["y"]
+    assert judge(budget, np.array([0.7 * 1.1, 0.5, 0.65])).right
+    assert judge(budget, np.array([0.7 * 1.1, 1.1, 0.65])).right
+    assert not judge(budget, np.array([0.7 * 1.1, 0.8, 0.65])).right
 
 
 def test_either_side_of_a_discontinuity_is_right_and_nothing_between_them() -> None:

@@ -188,6 +188,21 @@ def test_results_outside_the_range_overflow_and_underflow() -> None:
     assert half.tolist() == [np.inf, -np.inf]
 
 
+def test_a_sum_whose_terms_leave_the_range_together_overflows_in_every_second_draw() -> None:
+    wrap = wrapper(FLOAT32, np.random.default_rng(0), draws=4)
+    terms = np.array([2e38, 2e38, -2e38, -1e38])
+    for sums in (np.sum(wrap(terms)), wrap(terms[np.newaxis]) @ np.ones((4, 1))):
+        assert np.isinf(np.asarray(sums)).ravel().tolist() == [False, True, False, True]
+    assert np.isfinite(np.asarray(np.sum(wrap(terms / 4)))).all()
+
+
+def test_a_sum_in_float64_keeps_its_error_where_squares_leave_the_range() -> None:
+    x = 1e200 * np.abs(gaussian(100))
+    assert 0 < np.abs(relative(np.sum(source(FLOAT64)(x)), np.sum(x))) < 1e-13
+    square = 1e200 * np.abs(gaussian(10, 10))
+    assert np.max(np.abs(relative(source(FLOAT64)(square) @ np.eye(10), square))) < 1e-13
+
+
 def test_a_subnormal_result_keeps_an_absolute_error_and_its_sign() -> None:
     x = np.geomspace(FLOAT32.smallest / 64, FLOAT32.smallest * 1e4, 500)
     y = drawn(source()(x) * 0.7)

@@ -30,7 +30,9 @@ is held to half of that, to rounding to nearest: truncation would show.
 **Discontinuities are sets.** Where the draws of an entry fall into two groups further apart than `multiple(D)` times
 the scatter within the groups, an answer near either group is right and one between them is not. Draws of
 several steps are rounded to storage between them; then ulp²/12 belongs to that scatter: a few draws may happen to fall
-on two neighbouring numbers, which would seem two groups without any scatter.
+on two neighbouring numbers, which would seem two groups without any scatter. In float64, which the draws simulate in
+float64 itself, errors are one or two units of the last place of something on the way, and what is left after
+cancellation has few values: there a discontinuity must show again in draws whose errors are COARSER times as large.
 
 **Range.** An entry that is infinite or NaN in the reference and in all draws must be so in the lane (infinite or NaN:
 which of the two depends on the order of operations). An entry where they differ is undetermined and not judged.
@@ -48,7 +50,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from trysquare_conformance.noise import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Arithmetic
+from trysquare_conformance.noise import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Arithmetic, coarsened
 from trysquare_conformance.noisy import wrapper
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
@@ -59,6 +61,7 @@ DRAWS = 16
 FALSE_ALARM = 1e-9
 HONEST = math.sqrt(3 / (8 * math.log(2)))
 SLACK = 1.25
+COARSER = 16.0
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,9 @@ class Stored:
         return replace(self, offset=offset)
 
     def store(self, result: Array) -> Array:
-        """The result, infinite where the format cannot hold what is stored."""
-        beyond = np.abs(self.offset + result) > self.largest * (1 + self.unit_roundoff)
+        """The result, infinite where rounding to nearest leaves the format: from half a unit beyond the largest."""
+        half_ulp = math.ldexp(self.unit_roundoff, math.frexp(self.largest)[1] - 1)
+        beyond = np.abs(self.offset + result) >= self.largest + half_ulp
         return np.where(beyond, np.copysign(np.inf, result), result)
 
     def ulp(self, magnitude: Array) -> Array:
@@ -203,8 +207,20 @@ def measure(
     rng = np.random.default_rng(seed)
     with np.errstate(all="ignore"):
         reference = {name: np.asarray(x, dtype=np.float64) for name, x in run(np.asarray).items()}
-        drawn = run(wrapper(arithmetic, rng, draws))
-        return {name: _budget(x, _samples(name, drawn[name], x, draws), stored[name]) for name, x in reference.items()}
+
+        def drawn(arithmetic: Arithmetic) -> dict[str, Array]:
+            found = run(wrapper(arithmetic, rng, draws))
+            return {name: _samples(name, found[name], x, draws) for name, x in reference.items()}
+
+        @functools.cache
+        def again() -> dict[str, Array]:
+            return drawn(coarsened(arithmetic, COARSER))
+
+        def coarse(name: str) -> Callable[[], Array] | None:
+            return (lambda: again()[name]) if arithmetic.elementwise <= FLOAT64.elementwise else None
+
+        samples = drawn(arithmetic)
+        return {name: _budget(x, samples[name], stored[name], coarse(name)) for name, x in reference.items()}
 
 
 def _samples(name: str, drawn: Array, reference: Array, draws: int) -> Array:
@@ -215,15 +231,16 @@ def _samples(name: str, drawn: Array, reference: Array, draws: int) -> Array:
     return np.broadcast_to(values, shape)
 
 
-def _budget(reference: Array, samples: Array, stored: Stored) -> Budget:
-    """The budget of one output; `samples` has the draws along its first axis."""
+def _budget(reference: Array, samples: Array, stored: Stored, coarse: Callable[[], Array] | None = None) -> Budget:
+    """The budget of one output; `samples` has the draws along its first axis, and `coarse` gives coarser ones."""
     draws = len(samples)
     samples = stored.store(samples)
     finite, finite_draws = np.isfinite(reference), np.isfinite(samples)
     judged = finite & finite_draws.all(axis=0)
     reference_or_0, samples = np.where(judged, reference, 0.0), np.where(judged, samples, 0.0)
-    low, high, errors = _sides(reference_or_0, samples, stored)
-    spread = np.sqrt(np.mean(np.square(errors), axis=0))
+    low, high = _sides(reference_or_0, samples, stored, coarse)
+    errors = _distance(samples, low, high)
+    spread = _norm(errors, axis=0) / math.sqrt(draws)
     scatter = multiple(draws) * spread
     largest = np.maximum(np.abs(stored.offset + low), np.abs(stored.offset + high))
     floor = np.where(judged, stored.ulp(np.where(judged, largest, 0.0) + scatter), 0.0)
@@ -233,7 +250,7 @@ def _budget(reference: Array, samples: Array, stored: Stored) -> Budget:
         low=np.where(judged, low, reference),
         high=np.where(judged, high, reference),
         element=floor + scatter,
-        norm=max(_norm(floor) / 2, SLACK * norm_spread),
+        norm=max(float(_norm(floor)) / 2, SLACK * norm_spread),
         undetermined=~judged & (finite | finite_draws.any(axis=0)),
         non_finite=~finite & ~finite_draws.any(axis=0),
         spread=spread,
@@ -244,34 +261,52 @@ def _budget(reference: Array, samples: Array, stored: Stored) -> Budget:
     )
 
 
-def _sides(reference: Array, samples: Array, stored: Stored) -> tuple[Array, Array, Array]:
-    """The accepted answers (low, high) of every entry, and each draw's distance from the nearer one.
+def _sides(reference: Array, samples: Array, stored: Stored, coarse: Callable[[], Array] | None) -> tuple[Array, Array]:
+    """The accepted answers (low, high) of every entry: the two sides of a discontinuity, or the reference twice.
 
-    The draws and the reference, in order, are cut at their widest gap. That cut is a discontinuity if at least two of
-    them lie on each side and the gap is wider than any honest error; the answers are then the means of the sides, with
-    the reference itself standing for its own.
+    The answers at a discontinuity are the means of the sides, with the reference itself standing for its own.
     """
+    cut = _cut(reference, samples, stored)
+    both = cut.is_wide
+    if coarse is not None and both.any():
+        both = both & _cut(reference, coarse(), stored).is_wide
+    is_low = reference <= cut.last_below
+    return np.where(both & ~is_low, cut.below, reference), np.where(both & is_low, cut.above, reference)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Where the draws of every entry are furthest apart: the means of the two sides, and the largest value below.
+
+    `is_wide` if it is a discontinuity: at least two draws lie on each side, and the gap is wider than any honest error.
+    """
+
+    below: Array
+    above: Array
+    last_below: Array
+    is_wide: Mask
+
+
+def _cut(reference: Array, samples: Array, stored: Stored) -> _Cut:
+    """The draws and the reference, in order, are cut at their widest gap."""
     together = np.sort(np.concatenate([reference[np.newaxis], samples]), axis=0)
     gaps = np.diff(together, axis=0)
     cut = np.argmax(gaps, axis=0)
     gap = np.take_along_axis(gaps, cut[np.newaxis], axis=0)[0]
-    below = np.arange(len(together)).reshape(-1, *([1] * reference.ndim)) <= cut
+    is_below = np.arange(len(together)).reshape(-1, *([1] * reference.ndim)) <= cut
     count = cut + 1
-    centre_low = np.sum(np.where(below, together, 0.0), axis=0) / count
-    centre_high = np.sum(np.where(below, 0.0, together), axis=0) / (len(together) - count)
-    within = np.mean(np.square(together - np.where(below, centre_low, centre_high)), axis=0)
-    within = np.sqrt(within + _variance_of_rounding(samples, stored))
-    both = (count >= 2) & (count <= len(together) - 2) & (gap > multiple(len(samples)) * within)
-    is_low = reference <= np.take_along_axis(together, cut[np.newaxis], axis=0)[0]
-    low = np.where(both & ~is_low, centre_low, reference)
-    high = np.where(both & is_low, centre_high, reference)
-    return low, high, _distance(samples, low, high)
+    below = np.sum(np.where(is_below, together, 0.0), axis=0) / count
+    above = np.sum(np.where(is_below, 0.0, together), axis=0) / (len(together) - count)
+    within = _norm(together - np.where(is_below, below, above), axis=0) / math.sqrt(len(together))
+    within = np.hypot(within, _deviation_of_rounding(samples, stored))
+    is_wide = (count >= 2) & (count <= len(together) - 2) & (gap > multiple(len(samples)) * within)
+    return _Cut(below, above, np.take_along_axis(together, cut[np.newaxis], axis=0)[0], is_wide)
 
 
-def _variance_of_rounding(samples: Array, stored: Stored) -> Array:
-    """ulp²/12 where all draws are numbers of the storage format, because they are rounded on the way; else 0."""
+def _deviation_of_rounding(samples: Array, stored: Stored) -> Array:
+    """ulp/√12 where all draws are numbers of the storage format, because they are rounded on the way; else 0."""
     ulp = stored.ulp(np.abs(stored.offset + samples[0]))
-    return np.where((stored.round(samples) == samples).all(axis=0), np.square(ulp) / 12, 0.0)
+    return np.where((stored.round(samples) == samples).all(axis=0), ulp / math.sqrt(12), 0.0)
 
 
 def _distance(x: Array, low: Array, high: Array) -> Array:
@@ -282,13 +317,16 @@ def _distance(x: Array, low: Array, high: Array) -> Array:
 def _norm_spread(errors: Array, rounded: Array) -> float:
     """Mean plus multiple deviations of the norms of the draws' errors, before and after rounding to storage."""
     axes = tuple(range(1, errors.ndim))
-    norms, rounded_norms = (np.sqrt(np.sum(np.square(x), axis=axes)) for x in (errors, rounded))
-    deviation = max(np.std(norms, ddof=1), np.std(rounded_norms, ddof=1))
+    norms, rounded_norms = (_norm(x, axes) for x in (errors, rounded))
+    deviation = max(_norm(x - np.mean(x)) for x in (norms, rounded_norms)) / math.sqrt(len(errors) - 1)
     return float(np.mean(rounded_norms) + multiple(len(errors)) * deviation)
 
 
-def _norm(x: Array) -> float:
-    return float(np.sqrt(np.sum(np.square(x))))
+def _norm(x: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+    """The 2-norm, scaled so that no square leaves the range of float64 on either side."""
+    largest = np.max(np.abs(x), initial=0.0)
+    scale = np.ldexp(1.0, np.frexp(largest)[1] - 1) if 0 < largest < math.inf else 1.0
+    return np.asarray(scale * np.sqrt(np.sum(np.square(x / scale), axis=axis)))
 
 
 @functools.cache

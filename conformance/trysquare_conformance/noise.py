@@ -15,7 +15,8 @@ What is modelled:
   their errors add up without a walk: min(K, 256)/4·|result| (otherwise 10 to 40 spreads).
 - **Mixed precision**: operands of `@` are rounded to `product_input` first, its results to `product_output`.
 - **Range**: a result beyond the largest number is infinite; every result carries an absolute error of half the smallest
-  subnormal, which is all that is left of a number below it.
+  subnormal, which is all that is left of a number below it. A sum within the range whose terms add up to more without
+  their signs is infinite in every second draw: whether its partial sums stay in the range is a matter of their order.
 - **Constants**: a Python number that the format cannot hold enters rounded, everywhere in the same way.
 - **Exact operations** stay exact: multiplication by a power of two, adding zero, negation, maximum, comparison.
 - **Rounding is a function of its operands**: the error is a hash of the result and of a key of the operation in this
@@ -25,7 +26,8 @@ What is modelled:
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -97,6 +99,13 @@ def mixed(elementwise: Arithmetic, products: Arithmetic) -> Arithmetic:
         largest=min(elementwise.largest, products.largest),
         smallest=elementwise.smallest,
     )
+
+
+def coarsened(arithmetic: Arithmetic, factor: float) -> Arithmetic:
+    """The same with errors that many times as large, where they are not larger already for the sake of products."""
+    elementwise = factor * arithmetic.elementwise
+    accumulate, smallest = max(arithmetic.accumulate, elementwise), factor * arithmetic.smallest
+    return replace(arithmetic, elementwise=elementwise, accumulate=accumulate, smallest=smallest)
 
 
 class Source:
@@ -172,8 +181,13 @@ def reduced(ufunc: np.ufunc, x: Plain, options: dict[str, Any], arithmetic: Arit
     if ufunc is not np.add:
         raise TypeError(f"np.{ufunc.__name__}.reduce has no noise model: only sums, maxima and minima have one")
     terms = x.size // max(result.size, 1)
-    squares = np.add.reduce(x * x, **options)
-    return _accumulated(result, squares, terms, terms <= 1, arithmetic, source.keys())
+
+    def sums(values: Plain) -> Plain:
+        return np.asarray(np.add.reduce(values, **options))
+
+    length = _root_of(sums, x)
+    found = _accumulated(result, length, terms, terms <= 1, arithmetic, source.keys())
+    return _in_any_order(found, length * math.sqrt(terms), lambda: sums(np.abs(x)), arithmetic)
 
 
 def product(a: Plain, b: Plain, arithmetic: Arithmetic, source: Source) -> Plain:
@@ -181,18 +195,40 @@ def product(a: Plain, b: Plain, arithmetic: Arithmetic, source: Source) -> Plain
     if arithmetic.product_input:
         keys = source.keys()  # one a draw for both sides: in X @ X.T an entry is rounded alike in either place
         a, b = (_perturb(x, arithmetic.product_input * x, x == 0, arithmetic, keys) for x in (a, b))
-    squares = np.matmul(a * a, b * b)
-    return _accumulated(np.matmul(a, b), squares, a.shape[-1], False, arithmetic, source.keys())
+    terms = a.shape[-1]
+    length = _root_of(np.matmul, a, b)
+    found = _accumulated(np.matmul(a, b), length, terms, False, arithmetic, source.keys())
+    return _in_any_order(found, length * math.sqrt(terms), lambda: np.matmul(np.abs(a), np.abs(b)), arithmetic)
 
 
-def _accumulated(result: Plain, squares: Plain, terms: int, exact: bool, arithmetic: Arithmetic, keys: Plain) -> Plain:
-    """A sum of `terms` numbers whose squares add up to `squares`."""
+def _root_of(add: Callable[..., Plain], *operands: Plain) -> Plain:
+    """The root of the sum or product of the operands' squares, which are scaled where float64 cannot hold them."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        root = np.sqrt(add(*map(np.square, operands)))
+        if bool(np.isfinite(root).all()):
+            return root
+        largest = [np.max(np.abs(x), where=np.isfinite(x), initial=1.0) for x in operands]
+        scales = [np.ldexp(1.0, np.frexp(size)[1] - 1) for size in largest]
+        scaled = [np.square(x / scale) for x, scale in zip(operands, scales, strict=True)]
+        return np.asarray(math.prod(scales) * np.sqrt(add(*scaled)))
+
+
+def _accumulated(result: Plain, length: Plain, terms: int, exact: bool, arithmetic: Arithmetic, keys: Plain) -> Plain:
+    """A sum of `terms` numbers, the 2-norm of which is `length`."""
     size = np.abs(result)
-    equal = terms * squares <= result * result * (1 + EQUAL)
+    equal = math.sqrt(terms) * length <= size * (1 + EQUAL / 2)
     drift = np.where(equal, min(terms, 256) / 4, math.sqrt(min(terms, 128) / 3)) * size
-    walk = np.sqrt(min(terms, LONGEST_CHAIN) * squares + drift * drift)
+    walk = np.hypot(math.sqrt(min(terms, LONGEST_CHAIN)) * length, drift)
     amplitude = arithmetic.accumulate * (walk + size) + arithmetic.product_output * size
     return _perturb(result, np.copysign(amplitude, result), np.asarray(exact), arithmetic, keys)
+
+
+def _in_any_order(found: Plain, bound: Plain, magnitudes: Callable[[], Plain], arithmetic: Arithmetic) -> Plain:
+    """Sums, every second draw infinite where the magnitudes of the terms, at most `bound`, leave the range together."""
+    if not (bound > arithmetic.largest).any():
+        return found
+    found[1::2][magnitudes()[1::2] > arithmetic.largest] = np.inf
+    return found
 
 
 def _perturb(x: Plain, amplitude: Plain, exact: Plain | None, arithmetic: Arithmetic, keys: Plain) -> Plain:
