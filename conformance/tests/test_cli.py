@@ -151,14 +151,19 @@ def test_a_result_can_be_written_in_every_format(one_case: Result, tmp_path: Pat
     assert report.load(tmp_path / "report.json")["verdict"] == "right"
 
 
-def test_the_command_runs_as_a_module(tmp_path: Path) -> None:
+def test_the_command_runs_as_a_module_and_draws_by_lot(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
-    arguments = ["verify", "--lane", "eager-cpu", "--case", ONE_CASE, "--json", str(file)]
+    lot = ["--case", "stablemax/*", "--sample", "2", "--seed", "5"]
+    arguments = ["verify", "--lane", "eager-cpu", *lot, "--json", str(file)]
     program = [sys.executable, "-m", "trysquare_conformance", *arguments]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "Right: 1 case on eager-cpu" in " ".join(done.stdout.split())
-    assert report.load(file)["command"].startswith("trysquare verify --lane eager-cpu")
+    assert "Right: 2 cases on eager-cpu" in " ".join(done.stdout.split())
+    result = report.load(file)
+    assert result["command"].startswith("trysquare verify --lane eager-cpu")
+    assert result["tier"] == "quick, 2 of each algorithm by lot 5"
+    drawn = registry.select("quick", ["stablemax/*"], "eager-cpu", registry.Lot(2, seed=5))
+    assert [row["case"] for row in result["results"]] == [case.id for case in drawn]
 
 
 # Arguments

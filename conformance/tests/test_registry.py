@@ -1,7 +1,9 @@
 """The registry: what is declared is stable, complete and paired."""
 
 import inspect
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -75,6 +77,25 @@ def test_selection_takes_globs() -> None:
     assert registry.smallest_tier([OF_DOLPHINFLOW[-1].id]) == "standard"
     with pytest.raises(ValueError, match="tier='slow'"):
         registry.select("slow")
+
+
+def test_a_lot_draws_as_many_of_each_algorithm_and_the_same_again() -> None:
+    everything = registry.select("standard", lane="eager-cpu")
+    lot = registry.Lot(40, seed=3)
+    drawn = registry.select("standard", lane="eager-cpu", lot=lot)
+    assert drawn == registry.select("standard", lane="eager-cpu", lot=lot)
+    assert drawn != registry.select("standard", lane="eager-cpu", lot=registry.Lot(40, seed=4))
+    assert drawn == [case for case in everything if case in set(drawn)]
+    counts = Counter(case.algorithm for case in drawn)
+    assert counts == {name: min(40, n) for name, n in Counter(case.algorithm for case in everything).items()}
+
+
+def test_a_lot_draws_each_case_alike() -> None:
+    cases = registry.select("quick", ["stablemax/*"])[:10]
+    drawn = Counter(case.id for seed in range(2000) for case in registry.Lot(3, seed).draw(cases))
+    expected = 2000 * 3 / 10
+    deviation = math.sqrt(2000 * 0.3 * 0.7)
+    assert max(abs(drawn[case.id] - expected) for case in cases) < 5 * deviation
 
 
 def test_every_constructor_argument_is_exercised() -> None:

@@ -36,6 +36,8 @@ def verify(
     tier: Annotated[Tier | None, typer.Option(help="how much to run; by default quick, or what --case needs")] = None,
     lane: LaneNames = None,
     case: Globs = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="run so many cases of each algorithm, by lot")] = None,
+    seed: Annotated[int, typer.Option(help="of the lot")] = 0,
     json: Files = None,
     html: Files = None,
     markdown: Files = None,
@@ -47,6 +49,7 @@ def verify(
 ) -> None:
     """Check the fast code against the reference on this machine and say in one sentence whether it is right."""
     from trysquare_conformance.machine import ALIAS
+    from trysquare_conformance.registry import Lot
     from trysquare_conformance.run import run
     from trysquare_conformance.verdict import EXIT_CODES
 
@@ -55,7 +58,8 @@ def verify(
     if kernels:
         _check_targets([])
     with _progress() as progress:
-        result = run(chosen, _lanes(lane), case or (), progress, command, _fault_lanes() if faults else [], kernels)
+        planted, lot = _fault_lanes() if faults else [], None if sample is None else Lot(sample, seed)
+        result = run(chosen, _lanes(lane), case or (), progress, command, planted, kernels, lot)
     formats: dict[report.Format, Path | None] = {"json": json, "html": html, "markdown": markdown, "junit": junit}
     for format_, file in formats.items():
         if file is not None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import itertools
 import pkgutil
+import random
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from operator import itemgetter
 from typing import TypeVar
 
 from trysquare_conformance import cases as pages
@@ -19,6 +22,7 @@ __all__ = [
     "TIERS",
     "Array",
     "Case",
+    "Lot",
     "Outputs",
     "Stage",
     "Subject",
@@ -49,10 +53,31 @@ def all_cases() -> Iterator[Case]:
     return itertools.chain.from_iterable(subject.cases() for subject in ALGORITHMS.values())
 
 
-def select(tier: str, patterns: Iterable[str] = (), lane: str | None = None) -> list[Case]:
+@dataclass(frozen=True)
+class Lot:
+    """How many cases of each algorithm are drawn at random, and the seed: the same draws the same ones."""
+
+    count: int
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.count} of each algorithm by lot {self.seed}"
+
+    def draw(self, cases: Iterable[Case]) -> list[Case]:
+        """All of few, in their order; of many each is as likely as any other, and no more than are drawn are kept."""
+        rng, kept = random.Random(self.seed), list[tuple[int, Case]]()  # noqa: S311  # nothing to guess here
+        for number, case in enumerate(cases):
+            place = number if number < self.count else rng.randrange(number + 1)
+            if place < self.count:
+                kept[place : place + 1] = [(number, case)]
+        return [case for _, case in sorted(kept, key=itemgetter(0))]
+
+
+def select(tier: str, patterns: Iterable[str] = (), lane: str | None = None, lot: Lot | None = None) -> list[Case]:
     """The cases of a tier (which includes the smaller ones) whose id matches one of the patterns, or all of them.
 
-    With a lane, less those that come in a later tier there, that lack its backend, or its device the dtype.
+    With a lane, less those that come in a later tier there, that lack its backend, or its device the dtype. With a lot,
+    only those that it draws.
     """
     if tier not in TIERS:
         raise ValueError(f"tier={tier!r}: must be one of {', '.join(TIERS)}")
@@ -63,8 +88,10 @@ def select(tier: str, patterns: Iterable[str] = (), lane: str | None = None) -> 
             continue
         of_tier = itertools.takewhile(lambda case: case.tier in wanted, subject.cases())
         here = (case for case in of_tier if case.runs_in(lane) and case.tier_in(lane) in wanted)
-        chosen += [case for case in here if _matches(case.id, globs)]
-    return [case for case in chosen if lane is None or LANES[lane].holds(case.dtype)]
+        held = (case for case in here if lane is None or LANES[lane].holds(case.dtype))
+        matching = (case for case in held if _matches(case.id, globs))
+        chosen += matching if lot is None else lot.draw(matching)
+    return chosen
 
 
 def part(items: Sequence[Item], index: int, parts: int) -> list[Item]:

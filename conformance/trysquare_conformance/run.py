@@ -14,6 +14,7 @@ from trysquare_conformance.case import Case
 from trysquare_conformance.lanes import LANES, Lane
 from trysquare_conformance.machine import describe_machine
 from trysquare_conformance.process import LaneProcess, Progress
+from trysquare_conformance.registry import Lot
 from trysquare_conformance.report.schema import SCHEMA, Result, Row
 from trysquare_conformance.report.schema import Lane as LaneRow
 from trysquare_conformance.verdict import verdict
@@ -30,6 +31,7 @@ def run(
     command: str = "",
     fault_lanes: Sequence[str] = (),
     compile_kernels: bool = False,
+    lot: Lot | None = None,
 ) -> Result:
     """Run the cases of a tier and give the result to report.
 
@@ -41,12 +43,14 @@ def run(
         command: For the report, what was typed.
         fault_lanes: Lanes in which faults are planted after the cases; a missed one leaves no right verdict.
         compile_kernels: Compile all kernels ahead of time after that; a spill leaves no right verdict.
+        lot: Draws some of each lane's cases; None: all.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
-    wanted = {LANES[name]: registry.select(tier, patterns, name) for name in lanes or LANES}
+    wanted = {LANES[name]: registry.select(tier, patterns, name, lot) for name in lanes or LANES}
     reasons = {lane.name: lane.available() or _nothing_to_do(cases) for lane, cases in wanted.items()}
     runs = {lane: cases for lane, cases in wanted.items() if reasons[lane.name] is None}
     options = ["--tier", tier, *(f"--case={pattern}" for pattern in patterns)]
+    options += [f"--sample={lot.count}", f"--seed={lot.seed}"] if lot else []
     with tempfile.TemporaryDirectory(prefix="trysquare-") as budgets:
         processes = _processes(runs, [*options, "--budgets", budgets], progress)
         rows = _run_all(processes)
@@ -59,7 +63,7 @@ def run(
         "schema": SCHEMA,
         "verdict": word,
         "sentence": sentence,
-        "tier": tier,
+        "tier": f"{tier}, {lot}" if lot else tier,
         "started": started.isoformat(timespec="seconds"),
         "seconds": time.perf_counter() - clock,
         "command": command,

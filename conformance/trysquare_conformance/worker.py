@@ -32,6 +32,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tier", required=True, choices=registry.TIERS)
     parser.add_argument("--budgets", required=True, type=Path, help="folder that the lanes of one run share")
     parser.add_argument("--case", action="append", default=[], metavar="GLOB")
+    parser.add_argument("--sample", type=int, help="so many of each algorithm's cases, by lot")
+    parser.add_argument("--seed", type=int, default=0, help="of the lot")
     parser.add_argument("--fault", action="append", default=[], metavar="GLOB", help="plant faults instead")
     parser.add_argument("--strict", action="store_true", help="fail after the first case that is not right")
     parser.add_argument("--threads", type=int, default=1)
@@ -56,7 +58,8 @@ def main() -> None:
 
 def _run(lane: Lane, options: argparse.Namespace, lines: TextIO) -> None:
     witness, budgets = Witness(lane), BudgetStore(options.budgets)
-    cases = registry.select(options.tier, options.case, lane.name)
+    lot = None if options.sample is None else registry.Lot(options.sample, options.seed)
+    cases = registry.select(options.tier, options.case, lane.name, lot)
     for case in registry.part(cases, options.part, options.parts):
         _write(lines, {"event": "case", "case": case.id})
         result = run_case(registry.ALGORITHMS[case.algorithm], case, lane, budgets, witness)
