@@ -17,6 +17,7 @@ from trysquare_conformance.compare import BudgetStore, run_case
 from trysquare_conformance.inputs import seed
 from trysquare_conformance.lanes import LANES, Lane
 from trysquare_conformance.noise import FLOAT32
+from trysquare_conformance.noisy import wrapper
 from trysquare_conformance.optimizers import FastRun
 from trysquare_conformance.planting import Planter
 from trysquare_conformance.report.schema import Result, Row
@@ -139,6 +140,14 @@ def test_a_reference_is_measured_once_a_run(budgets: BudgetStore, monkeypatch: p
     first = judged(SMALL, budgets)
     monkeypatch.setattr(compare, "measure", lambda *_, **__: pytest.fail("measured again"))
     assert judged(SMALL, budgets)["margin"] == first["margin"]
+
+
+def test_draws_of_a_free_run_are_not_rounded_after_the_last_step() -> None:
+    """Sixteen that are rounded to one number would seem to have no error at all."""
+    free = SUBJECT.drift(SMALL, EAGER)
+    assert free is not None
+    momentum = np.asarray(free.reference(wrapper(FLOAT32, np.random.default_rng(0), 4))["momentum_buffer/0"])
+    assert not np.any(momentum == momentum.astype(np.float32))
 
 
 def test_outputs_that_do_not_fit_the_reference_are_an_error(
