@@ -11,7 +11,7 @@ import pytest
 import trysquare
 from trysquare.ops import moments
 from trysquare_conformance import budget, compare, registry, report
-from trysquare_conformance.case import Case, Outputs
+from trysquare_conformance.case import Case, Outputs, Stage, Wrap
 from trysquare_conformance.cases.dolphinflow import SUBJECT, case
 from trysquare_conformance.compare import BudgetStore, run_case
 from trysquare_conformance.inputs import seed
@@ -140,6 +140,23 @@ def test_a_reference_is_measured_once_a_run(budgets: BudgetStore, monkeypatch: p
     first = judged(SMALL, budgets)
     monkeypatch.setattr(compare, "measure", lambda *_, **__: pytest.fail("measured again"))
     assert judged(SMALL, budgets)["margin"] == first["margin"]
+
+
+def test_what_is_little_wrong_is_judged_by_many_more_draws(budgets: BudgetStore) -> None:
+    """A jump that one draw in a hundred makes is right where it can happen, and more wrong than before elsewhere."""
+    unit, stored = FLOAT32.elementwise, {"y": budget.STORED["float32"]}
+
+    def margin(jumps: float, seed: int) -> tuple[float, int]:
+        def reference(wrap: Wrap) -> Outputs:
+            noise = np.asarray(wrap(np.ones(1)) * 1.1 / 1.1 - 1) / unit
+            return {"y": 1.1 + 0.2 * unit * noise + np.where(noise > jumps, 10 * unit, 0.0)}
+
+        stage = Stage(f"{jumps} {seed}", reference, lambda: {"y": np.array([1.1 + 10 * unit])}, stored, FLOAT32, False)
+        found = compare._examine(SMALL, stage, None, budgets, Witness(EAGER))
+        return found.size, found.budget.draws
+
+    assert all(margin(1.7, seed) == (pytest.approx(0.4, abs=0.2), 1024) for seed in range(3))
+    assert all(margin(9.0, seed)[0] > 5 for seed in range(3))
 
 
 def test_draws_of_a_free_run_are_not_rounded_after_the_last_step() -> None:

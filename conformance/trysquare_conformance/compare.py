@@ -11,13 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from trysquare_conformance.budget import Budget, Margin, judge, measure
+from trysquare_conformance.budget import DRAWS, Budget, Margin, judge, measure
 from trysquare_conformance.case import Array, Case, Outputs, Stage, Subject
 from trysquare_conformance.inputs import seed
 from trysquare_conformance.lanes import Lane
 from trysquare_conformance.noise import Arithmetic
 from trysquare_conformance.report.schema import Row
 from trysquare_conformance.witness import Witness
+
+DOUBTFUL = 10.0
+"""Up to so many budgets away a stage is looked at again with more draws: a few may miss what one run in fifty meets."""
+
+SECOND_LOOK = 1024
+SECOND_LOOK_ENTRIES = 1 << 24
+"""How many draws that is, and how many entries of all outputs together, which bounds it for large tensors."""
 
 
 class BudgetStore:
@@ -32,12 +39,19 @@ class BudgetStore:
 
     def get(self, case: Case, stage: Stage) -> dict[str, Budget]:
         """The budget of each output of a stage, measured now if no lane has yet."""
-        key = seed(case.id, stage.label, stage.arithmetic.name)
+        return self._measured(case, stage, seed(case.id, stage.label, stage.arithmetic.name), DRAWS)
+
+    def again(self, case: Case, stage: Stage, entries: int) -> dict[str, Budget]:
+        """The same from many more draws, of which outputs with so many entries have fewer."""
+        draws = max(2 * DRAWS, min(SECOND_LOOK, SECOND_LOOK_ENTRIES // max(1, entries) // 2 * 2))
+        return self._measured(case, stage, seed("again", case.id, stage.label, stage.arithmetic.name), draws)
+
+    def _measured(self, case: Case, stage: Stage, key: int, draws: int) -> dict[str, Budget]:
         file = self.folder / f"{key:08x}-{seed(stage.label, case.id):08x}.budget"
         if file.exists():
             loaded: dict[str, Budget] = pickle.loads(file.read_bytes())  # noqa: S301  # this run wrote it
             return loaded
-        budgets = measure(stage.reference, stage.arithmetic, stage.stored, seed=key)
+        budgets = measure(stage.reference, stage.arithmetic, stage.stored, seed=key, draws=draws)
         self._keep(file, pickle.dumps(budgets))
         return budgets
 
@@ -172,7 +186,10 @@ def _findings(
 
 
 def _examine(case: Case, stage: Stage, beside: Stage | None, budgets: BudgetStore, witness: Witness) -> Finding:
-    """Runs one stage and judges every output of it; the worst is the stage's finding."""
+    """Runs one stage and judges every output of it; the worst is the stage's finding.
+
+    One that is little wrong by the usual draws is judged by many more, which know the spread better.
+    """
     observed, made = witness.watch(stage.fast)
     objection = witness.objection(made, stage.computes)
     if objection:
@@ -181,6 +198,14 @@ def _examine(case: Case, stage: Stage, beside: Stage | None, budgets: BudgetStor
     if observed.keys() != allowed.keys():
         raise ValueError(f"{stage.label}: outputs {sorted(observed)}, the reference has {sorted(allowed)}")
     baseline = {} if beside is None else beside.fast()
+    finding = _worst(stage, allowed, observed, baseline)
+    if not 1 < finding.size <= DOUBTFUL:
+        return finding
+    entries = sum(output.size for output in observed.values())
+    return _worst(stage, budgets.again(case, stage, entries), observed, baseline)
+
+
+def _worst(stage: Stage, allowed: Mapping[str, Budget], observed: Outputs, baseline: Mapping[str, Array]) -> Finding:
     found = [_judge(stage, name, budget, observed, baseline) for name, budget in allowed.items()]
     return max(found, key=lambda finding: (finding.size, -finding.budget.undetermined.sum()))
 

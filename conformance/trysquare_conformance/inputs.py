@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,7 +64,10 @@ def _gaussian(draw: Draw) -> Array:
 
 
 def _parallel(draw: Draw) -> Array:
-    return 3.0 * draw.current() + draw.normal(1e-4)
+    """With a thousandth of the weights' size across them, which no rounding reaches however large they have grown."""
+    weights = draw.current()
+    size = float(np.linalg.norm(weights)) / math.sqrt(max(1, weights.size))
+    return 3.0 * weights + draw.normal(1e-3 * size)
 
 
 def _rank_one(draw: Draw) -> Array:
