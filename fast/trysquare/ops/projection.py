@@ -32,13 +32,8 @@ def gradient_coefficient(g: Tensor, w: Tensor) -> Tensor:
 
 def coefficient(along: Tensor, square: Tensor) -> Tensor:
     """The same from ⟨w,g⟩ and ⟨w,w⟩."""
-    found = along / (square + SMALLEST_SQUARE)
-    if _may_look(square):
-        low, high = square.aminmax()
-        if low.item() >= SMALLEST_SQUARE and high.item() <= LARGEST_SQUARE:
-            return found
     outside = square.clamp(SMALLEST_SQUARE, LARGEST_SQUARE) != square  # as NaN is, too
-    return torch.where(outside, 0.0, found)
+    return torch.where(outside, 0.0, along / (square + SMALLEST_SQUARE))
 
 
 def update_coefficient(u: Tensor, w: Tensor, eps: Scalar) -> Tensor:
@@ -60,13 +55,10 @@ def row_products(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def subtract_(x: Tensor, w: Tensor, coefficient: Tensor) -> Tensor:
-    """x ← x − c·w with one c per row; where c = 0 the row stays, also beside weights that are not finite."""
-    if not _may_look(w) or not (coefficient.all() or w.sum().isfinite()):
-        w = torch.where(coefficient == 0, 0.0, w)
+    """x ← x − c·w with one c per row; where c = 0 the row stays, also beside weights that are not finite.
+
+    Compiled that is selected in the same loop. Eager, a selection takes four times as long as to make all w finite,
+    and to look whether one is not would be to wait for the device.
+    """
+    w = torch.where(coefficient == 0, 0.0, w) if torch.compiler.is_compiling() else w.nan_to_num(0.0)
     return x.addcmul_(w, coefficient, value=-1)
-
-
-def _may_look(x: Tensor) -> bool:
-    """Whether to look at a number is to wait for nothing; a tensor that is only traced has none."""
-    is_computed = not torch.compiler.is_compiling() and type(x) in {Tensor, torch.nn.Parameter}
-    return is_computed and x.device.type == "cpu"
