@@ -1,5 +1,6 @@
 """The registry: what is declared is stable, complete and paired."""
 
+import fnmatch
 import inspect
 import math
 import re
@@ -77,6 +78,17 @@ def test_selection_takes_globs() -> None:
     assert registry.smallest_tier([OF_DOLPHINFLOW[-1].id]) == "standard"
     with pytest.raises(ValueError, match="tier='slow'"):
         registry.select("slow")
+
+
+@pytest.mark.parametrize("glob", ["stablemax/*", "stab*fp32*", "st?blemax/*", "[s]tablemax/*", "*max/*", "stablemax*"])
+def test_globs_leave_out_no_algorithm_that_they_match(glob: str) -> None:
+    ids = [case.id for case in STANDARD]
+    assert [case.id for case in registry.select("standard", [glob])] == fnmatch.filter(ids, glob) != []
+
+
+def test_other_algorithms_are_not_counted_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry.ALGORITHMS["thorn"], "cases", lambda: pytest.fail("counted"), raising=False)
+    assert registry.select("quick", ["dolphinflow/*", STANDARD[0].id])
 
 
 def test_a_lot_draws_as_many_of_each_algorithm_and_the_same_again() -> None:

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import pkgutil
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -86,6 +87,8 @@ def select(tier: str, patterns: Iterable[str] = (), lane: str | None = None, lot
     for subject in ALGORITHMS.values():
         if lane is not None and not LANES[lane].runs(subject.algorithm):
             continue
+        if not any(_may_match(subject.algorithm, glob) for glob in globs):
+            continue
         of_tier = itertools.takewhile(lambda case: case.tier in wanted, subject.cases())
         here = (case for case in of_tier if case.runs_in(lane) and case.tier_in(lane) in wanted)
         held = (case for case in here if lane is None or LANES[lane].holds(case.dtype))
@@ -103,6 +106,12 @@ def smallest_tier(patterns: Iterable[str]) -> str | None:
     """The first tier in which some case matches, so that an id copied from a report needs no tier beside it."""
     globs = list(patterns)
     return next((tier for tier in TIERS if select(tier, globs)), None)
+
+
+def _may_match(algorithm: str, glob: str) -> bool:
+    """Whether some id of the algorithm may match: the exhaustive tiers of all others need not be counted through."""
+    literal, ids = re.split(r"[*?\[]", glob, maxsplit=1)[0], f"{algorithm}/"
+    return literal.startswith(ids) or ids.startswith(literal)
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
