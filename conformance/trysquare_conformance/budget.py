@@ -34,6 +34,10 @@ on two neighbouring numbers, which would seem two groups without any scatter. In
 float64 itself, errors are one or two units of the last place of something on the way, and what is left after
 cancellation has few values: there a discontinuity must show again in draws whose errors are COARSER times as large.
 
+**A second look.** Sixteen draws may all miss what an honest run meets once in fifty, such as the step between two
+groups. Up to DOUBTFUL budgets away an output is therefore judged by SECOND_LOOK draws instead: they know the spread
+better, and their multiple is 4.5.
+
 **Range.** An entry that is infinite or NaN in the reference and in all draws must be so in the lane (infinite or NaN:
 which of the two depends on the order of operations). An entry where they differ is undetermined and not judged.
 
@@ -62,6 +66,8 @@ FALSE_ALARM = 1e-9
 HONEST = math.sqrt(3 / (8 * math.log(2)))
 SLACK = 1.25
 COARSER = 16.0
+DOUBTFUL = 10.0
+SECOND_LOOK, SECOND_LOOK_ENTRIES = 1024, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -386,6 +392,16 @@ def judge(budget: Budget, observed: Array) -> Margin:
         worst_reference=float(budget.reference[worst]),
         undetermined=int(budget.undetermined.sum()),
     )
+
+
+def draws_of_second_look(entries: int) -> int:
+    """How many draws there are of outputs with so many entries together: memory must hold them all.
+
+    Examples:
+        >>> draws_of_second_look(100), draws_of_second_look(1 << 17), draws_of_second_look(1 << 22)
+        (1024, 128, 32)
+    """
+    return max(2 * DRAWS, min(SECOND_LOOK, SECOND_LOOK_ENTRIES // max(1, entries) // 2 * 2))
 
 
 def rounding_error(expected: Array | float, operations: int = 64) -> Array:

@@ -11,20 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from trysquare_conformance.budget import DRAWS, Budget, Margin, judge, measure
+from trysquare_conformance.budget import DOUBTFUL, DRAWS, Budget, Margin, draws_of_second_look, judge, measure
 from trysquare_conformance.case import Array, Case, Outputs, Stage, Subject
 from trysquare_conformance.inputs import seed
 from trysquare_conformance.lanes import Lane
 from trysquare_conformance.noise import Arithmetic
 from trysquare_conformance.report.schema import Row
 from trysquare_conformance.witness import Witness
-
-DOUBTFUL = 10.0
-"""Up to so many budgets away a stage is looked at again with more draws: a few may miss what one run in fifty meets."""
-
-SECOND_LOOK = 1024
-SECOND_LOOK_ENTRIES = 1 << 24
-"""How many draws that is, and how many entries of all outputs together, which bounds it for large tensors."""
 
 
 class BudgetStore:
@@ -42,9 +35,9 @@ class BudgetStore:
         return self._measured(case, stage, seed(case.id, stage.label, stage.arithmetic.name), DRAWS)
 
     def again(self, case: Case, stage: Stage, entries: int) -> dict[str, Budget]:
-        """The same from many more draws, of which outputs with so many entries have fewer."""
-        draws = max(2 * DRAWS, min(SECOND_LOOK, SECOND_LOOK_ENTRIES // max(1, entries) // 2 * 2))
-        return self._measured(case, stage, seed("again", case.id, stage.label, stage.arithmetic.name), draws)
+        """The same for a second look, at outputs with so many entries together."""
+        key = seed("again", case.id, stage.label, stage.arithmetic.name)
+        return self._measured(case, stage, key, draws_of_second_look(entries))
 
     def _measured(self, case: Case, stage: Stage, key: int, draws: int) -> dict[str, Budget]:
         file = self.folder / f"{key:08x}-{seed(stage.label, case.id):08x}.budget"
