@@ -10,9 +10,10 @@ from trysquare.ops._scalar import Scalar, add_scaled_square_
 
 def nesterov_(momentum_buffer: Tensor, gradient: Tensor, momentum: Scalar, out: Tensor | None = None) -> Tensor:
     """m ← μ·m + g; returns u = g + μ·m, as a new tensor or in ``out``."""
-    momentum_buffer.mul_(momentum).add_(gradient)
     if isinstance(momentum, Tensor):
+        momentum_buffer.mul_(momentum).add_(gradient)
         return torch.add(gradient, momentum_buffer * momentum, out=out)
+    torch.add(gradient, momentum_buffer, alpha=momentum, out=momentum_buffer)
     return torch.add(gradient, momentum_buffer, alpha=momentum, out=out)
 
 

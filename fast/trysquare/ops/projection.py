@@ -33,7 +33,7 @@ def gradient_coefficient(g: Tensor, w: Tensor) -> Tensor:
 def coefficient(along: Tensor, square: Tensor) -> Tensor:
     """The same from ⟨w,g⟩ and ⟨w,w⟩."""
     outside = square.clamp(SMALLEST_SQUARE, LARGEST_SQUARE) != square  # as NaN is, too
-    return torch.where(outside, 0.0, along / (square + SMALLEST_SQUARE))
+    return (along / (square + SMALLEST_SQUARE)).masked_fill_(outside, 0.0)
 
 
 def update_coefficient(u: Tensor, w: Tensor, eps: Scalar) -> Tensor:
