@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -258,14 +258,27 @@ def run(
     Raises:
         RuntimeError: Triton is not installed or does not know a target, or a process ended before its work.
     """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return start(pool, targets, globs, progress)()
+
+
+def start(
+    pool: Executor,
+    targets: Sequence[str] = (),
+    globs: Sequence[str] = ("*",),
+    progress: Progress = lambda *_: None,
+) -> Callable[[], list[Kernel]]:
+    """`run` in a pool that others use too; what this gives waits for the end and returns the kernels."""
     check(targets)
-    cores = os.cpu_count() or 1
-    told = _Told(progress)
-    with ThreadPoolExecutor(cores) as pool:
-        parts = [pool.submit(_part, part, cores, targets or known_targets(), globs, told) for part in range(cores)]
-    rows = [row for part in parts for row in part.result()]
+    cores, told = os.cpu_count() or 1, _Told(progress)
+    parts = [pool.submit(_part, part, cores, targets or known_targets(), globs, told) for part in range(cores)]
     order = [*TARGETS, EVERY]
-    return sorted(rows, key=lambda k: (k["algorithm"], k["kernel"], k["constants"], order.index(k["target"])))
+
+    def collect() -> list[Kernel]:
+        rows = [row for part in parts for row in part.result()]
+        return sorted(rows, key=lambda k: (k["algorithm"], k["kernel"], k["constants"], order.index(k["target"])))
+
+    return collect
 
 
 def check(targets: Sequence[str]) -> None:

@@ -10,7 +10,8 @@ import pkgutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -67,6 +68,7 @@ def run(
     globs: Sequence[str] = ("*",),
     progress: Progress = lambda *_: None,
     budgets: Path | None = None,
+    pool: Executor | None = None,
 ) -> list[Outcome]:
     """Plant every fault that matches in every lane where it can exist, and let the quick cases look for it.
 
@@ -75,6 +77,7 @@ def run(
         globs: Of fault ids.
         progress: Is told how far it is.
         budgets: A folder with budgets that this run has measured already.
+        pool: Where to run the processes, after what is waiting there; None: as many at once as there are cores.
 
     Raises:
         RuntimeError: A lane cannot run here, or its process ended early.
@@ -88,8 +91,8 @@ def run(
         place = budgets or Path(folder)
         apart = [lane for lane, here in chosen.items() if len(here) > AT_ONCE or not _is_at_home(lane)]
         started = {lane: _processes(lane, chosen[lane], place, globs, progress) for lane in apart}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(FaultProcess.run, [process for processes in started.values() for process in processes]))
+        with nullcontext(pool) if pool else ThreadPoolExecutor(os.cpu_count()) as executor:
+            list(executor.map(FaultProcess.run, [process for processes in started.values() for process in processes]))
         return [
             outcome
             for lane, here in chosen.items()

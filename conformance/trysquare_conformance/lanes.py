@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -48,8 +49,15 @@ def _accelerator(kind: str) -> Callable[[], str | None]:
 def _compiled_cpu() -> str | None:
     """torch.compile on a CPU writes C++ against Python's headers: try both with a file of one line."""
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
+    found = shutil.which(compiler)
+    if found is None:
         return f"torch.compile needs a C++ compiler and {compiler} is not on the PATH (set CXX to name another)"
+    return None if _compiles_against_python(found) else f"{compiler} cannot compile against Python's headers (Python.h)"
+
+
+@cache
+def _compiles_against_python(compiler: str) -> bool:
+    """Asked by many, and a compiler takes a tenth of a second to answer."""
     command = [compiler, "-x", "c++", "-fsyntax-only", "-I", sysconfig.get_path("include"), "-"]
     tried = subprocess.run(
         command,
@@ -59,7 +67,7 @@ def _compiled_cpu() -> str | None:
         timeout=COMPILER_CHECK_SECONDS,
         check=False,
     )
-    return None if tried.returncode == 0 else f"{compiler} cannot compile against Python's headers (Python.h)"
+    return tried.returncode == 0
 
 
 def _compiled_cuda() -> str | None:

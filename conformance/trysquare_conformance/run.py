@@ -15,12 +15,15 @@ from trysquare_conformance.lanes import LANES, Lane
 from trysquare_conformance.machine import describe_machine
 from trysquare_conformance.process import LaneProcess, Progress
 from trysquare_conformance.registry import Lot
-from trysquare_conformance.report.schema import SCHEMA, Result, Row
+from trysquare_conformance.report.schema import SCHEMA, Result
 from trysquare_conformance.report.schema import Lane as LaneRow
 from trysquare_conformance.verdict import verdict
 
 CASES_PER_PROCESS = 64
 """Beyond this many cases a lane is given another core."""
+
+LONGEST = {"compiled": 0, "triton": 1}
+"""The backends whose cases take longest, in this order."""
 
 
 def run(
@@ -33,7 +36,7 @@ def run(
     compile_kernels: bool = False,
     lot: Lot | None = None,
 ) -> Result:
-    """Run the cases of a tier and give the result to report.
+    """Run the cases of a tier and give the result to report: as many processes at once as there are cores.
 
     Args:
         tier: How much to run.
@@ -41,8 +44,8 @@ def run(
         patterns: Globs of the case ids to run; none: all.
         progress: Is told how far each lane is.
         command: For the report, what was typed.
-        fault_lanes: Lanes in which faults are planted after the cases; a missed one leaves no right verdict.
-        compile_kernels: Compile all kernels ahead of time after that; a spill leaves no right verdict.
+        fault_lanes: Lanes in which faults are planted when no case waits; a missed one leaves no right verdict.
+        compile_kernels: Compile all kernels ahead of time before that; a spill leaves no right verdict.
         lot: Draws some of each lane's cases; None: all.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
@@ -51,11 +54,13 @@ def run(
     runs = {lane: cases for lane, cases in wanted.items() if reasons[lane.name] is None}
     options = ["--tier", tier, *(f"--case={pattern}" for pattern in patterns)]
     options += [f"--sample={lot.count}", f"--seed={lot.seed}"] if lot else []
-    with tempfile.TemporaryDirectory(prefix="trysquare-") as budgets:
+    with tempfile.TemporaryDirectory(prefix="trysquare-") as budgets, ThreadPoolExecutor(os.cpu_count()) as pool:
         processes = _processes(runs, [*options, "--budgets", budgets], progress)
-        rows = _run_all(processes)
-        planted = faults.run(fault_lanes, progress=progress, budgets=Path(budgets)) if fault_lanes else []
-    kernels = ahead_of_time.run(progress=progress) if compile_kernels else None
+        running = {process.name: pool.submit(process.run) for process in _in_order(processes)}
+        compiled = ahead_of_time.start(pool, progress=progress) if compile_kernels else None
+        planted = faults.run(fault_lanes, progress=progress, budgets=Path(budgets), pool=pool) if fault_lanes else []
+        rows = [row for process in processes for row in running[process.name].result()]
+        kernels = compiled() if compiled else None
     told = [_lane_row(lane, reasons[lane.name], [p for p in processes if p.lane is lane]) for lane in wanted]
     score = faults.score(planted) if planted else None
     word, sentence = verdict(told, rows, lanes, score, kernels)
@@ -99,21 +104,16 @@ def _process(
     return LaneProcess(name, lane, cases, [*worker, f"--part={part}", f"--parts={parts}"], progress, part=part)
 
 
-def _run_all(processes: Sequence[LaneProcess]) -> list[Row]:
-    """All processes, as many at once as there are cores, the long ones first; they share the budgets they measure.
+def _in_order(processes: Sequence[LaneProcess]) -> list[LaneProcess]:
+    """The long ones first: short work, then kernels and faults, fills up what those leave free.
 
     Two parts of a lane do not begin together: what the first finds out for both, such as what a compiler can do, the
     second would wait for.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        ordered = sorted(processes, key=lambda process: (_is_quick(process), process.part))
-        running = {process.name: pool.submit(process.run) for process in ordered}
-        return [row for process in processes for row in running[process.name].result()]
-
-
-def _is_quick(process: LaneProcess) -> bool:
-    """Whether nothing is compiled: short work comes last, to fill up what the long leaves free."""
-    return process.lane.backend == "eager"
+    long_first = sorted(processes, key=lambda process: (LONGEST.get(process.lane.backend, len(LONGEST)), process.part))
+    if [process.part for process in long_first[:2]] == [0, 1]:
+        long_first.insert(1, long_first.pop())
+    return long_first
 
 
 def _lane_row(lane: Lane, reason: str | None, processes: Sequence[LaneProcess] = ()) -> LaneRow:
