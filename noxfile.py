@@ -68,11 +68,17 @@ class House:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def install(self, requirements: list[str]) -> None:
-        """Torch first and pinned: a bare torch among the requirements would fetch whatever is newest."""
+        """Torch first and pinned: a bare torch among the requirements would fetch whatever is newest.
+
+        Pip would compile all that it installs, which takes as long again. What the suite imports is a part of it: that
+        is compiled here, before processes that start together would each do it.
+        """
         if not self.home.exists():
             self.session.run(sys.executable, "-m", "venv", str(self.home))
-        self.run("python", "-m", "pip", "install", "--quiet", f"torch=={TORCH}")
-        self.run("python", "-m", "pip", "install", "--quiet", *requirements)
+        pip = ("python", "-m", "pip", "install", "--quiet", "--no-compile")
+        self.run(*pip, f"torch=={TORCH}")
+        self.run(*pip, *requirements)
+        self.run("python", "-c", "import torch._inductor.compile_fx")
 
     def run(self, program: str, *arguments: str, **environment: str) -> None:
         """Run one of the environment's programs in the repository."""
