@@ -104,15 +104,18 @@ def test_modes_are_idempotent(dtype: torch.dtype) -> None:
         optimizer.eval()
 
 
-@dtypes
-def test_ten_thousand_cycles_drift_by_nothing(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "cycles"), [(dtype, 10_000 if dtype is torch.bfloat16 else 100) for dtype in DTYPES], ids=str
+)
+def test_ten_thousand_cycles_drift_by_nothing(dtype: torch.dtype, cycles: int) -> None:
+    """Bits that one cycle leaves alone no later one can change: ten thousand of one dtype show that nothing counts."""
     optimizer = thorn(AVERAGED, dtype=dtype)
     run(optimizer, 3)
     before = everything(optimizer)
     optimizer.eval()
     evaluated = everything(optimizer)
     optimizer.train()
-    for _ in range(10_000):
+    for _ in range(cycles):
         optimizer.eval()
         optimizer.train()
     assert everything(optimizer) == before
