@@ -21,14 +21,14 @@ SMALL = 1 << 13
 """Bytes of what does not grow with anything: norms, corrections, boundaries of maps, a window's shape."""
 
 SHAPES: dict[str, Shapes] = {
-    "tall": [(5_000, 20)],
-    "wide": [(20, 5_000)],
-    "rows of blocks": [(100, 1024)],
-    "one row": [(1, 100_000)],
-    "one dimension": [(100_001,)],
-    "convolution": [(64, 32, 3, 3)],
-    "many alike": [(64, 64)] * 30,
-    "mixed": [(250, 150), (150,), (150, 250), (150,), (1, 1, 9)],
+    "tall": [(2_500, 20)],
+    "wide": [(20, 2_500)],
+    "rows of blocks": [(50, 1024)],
+    "one row": [(1, 50_000)],
+    "one dimension": [(50_001,)],
+    "convolution": [(64, 16, 3, 3)],
+    "many alike": [(64, 64)] * 12,
+    "mixed": [(250, 100), (150,), (100, 250), (150,), (1, 1, 9)],
 }
 RULES: dict[str, dict[str, Any]] = {
     "vector": {},
