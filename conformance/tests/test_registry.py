@@ -110,6 +110,23 @@ def test_a_lot_draws_each_case_alike() -> None:
     assert max(abs(drawn[case.id] - expected) for case in cases) < 5 * deviation
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_parts_are_all_in_their_order_and_even(parts: int) -> None:
+    found = [registry.part(STANDARD, index, parts) for index in range(parts)]
+    assert [case.id for one in found for case in one] == [case.id for case in STANDARD]
+    even = len(STANDARD) / parts
+    assert all(abs(len(one) - even) <= 2 * even / registry.NEAR + 2 for one in found)
+
+
+def test_a_part_ends_where_an_algorithm_does_if_that_is_near() -> None:
+    of = dict(zip("abc", ("dolphinflow", "stablemax", "thorn"), strict=True))
+    items = [next(case for case in STANDARD if case.algorithm == of[name]) for name in "a" * 53 + "b" * 20 + "c" * 27]
+    first, second = (registry.part(items, index, 2) for index in range(2))
+    assert ({case.algorithm for case in first}, len(first)) == ({"dolphinflow"}, 53)
+    assert len(second) == 47
+    assert [len(registry.part(items[:90], index, 2)) for index in range(2)] == [45, 45]
+
+
 def test_every_constructor_argument_is_exercised() -> None:
     arguments = set(inspect.signature(trysquare.DolphinFlow).parameters) - {"params", "backend"}
     values: dict[str, set[Any]] = {name: {case.hyperparameters[name] for case in OF_DOLPHINFLOW} for name in arguments}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from operator import itemgetter
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from trysquare_conformance import cases as pages
 from trysquare_conformance.case import SHORT_DTYPES, TIERS, Array, Case, Outputs, Stage, Subject, Wrap, shape_name
@@ -34,9 +34,6 @@ __all__ = [
     "shape_name",
     "smallest_tier",
 ]
-
-
-Item = TypeVar("Item")
 
 
 def _collect() -> dict[str, Subject]:
@@ -97,9 +94,29 @@ def select(tier: str, patterns: Iterable[str] = (), lane: str | None = None, lot
     return chosen
 
 
+class OfAlgorithm(Protocol):
+    """A case or a fault."""
+
+    @property
+    def algorithm(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=OfAlgorithm)
+NEAR = 8
+"""A part may be longer by one of so many parts of it, to end where an algorithm does."""
+
+
 def part(items: Sequence[Item], index: int, parts: int) -> list[Item]:
     """One of so many parts of cases or faults: neighbours, which are likely to share a compilation or a budget."""
-    return list(items[len(items) * index // parts : len(items) * (index + 1) // parts])
+    return list(items[_cut(items, index, parts) : _cut(items, index + 1, parts)])
+
+
+def _cut(items: Sequence[Item], index: int, parts: int) -> int:
+    """Where a part begins: after an even share, or near by, where the algorithm changes and nothing is shared."""
+    even = len(items) * index // parts
+    reach = range(max(1, even - len(items) // (NEAR * parts)), even + len(items) // (NEAR * parts) + 1)
+    changes = [i for i in reach if i < len(items) and items[i - 1].algorithm != items[i].algorithm]
+    return even if index in {0, parts} else min(changes, key=lambda i: abs(i - even), default=even)
 
 
 def smallest_tier(patterns: Iterable[str]) -> str | None:
