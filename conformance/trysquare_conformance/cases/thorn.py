@@ -163,6 +163,8 @@ def quick() -> Iterator[Case]:
     for kind in ("ortho", "free", "adam"):
         late = [COMPILED_LATER] * (kind != "ortho")
         yield case("quick", *late, **{**(ortho if kind == "ortho" else free), "kind": kind, "release": 2, "steps": 5})
+    for kind in ("free", "adam"):
+        yield case("quick", COMPILED_LATER, **{**free, "kind": kind, "release": 2, "inputs": "nan", "steps": 2})
     for choice in _rules(ortho, free):
         late = [COMPILED_LAST] * _recompiles(choice) + [INTERPRETED_LATER] * _takes_long(choice)
         late += [COMPILED_LATER] * _combines(choice)

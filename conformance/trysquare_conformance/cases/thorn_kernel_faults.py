@@ -193,6 +193,7 @@ def _others(schedule_free: Any) -> None:
     plant.add("kernel-free-decays-everywhere", "decay is not cautious", schedule_free, "cautious_decay", _everywhere)
     plant.add("kernel-free-moves-when-skipping", "others move when skipping", schedule_free, "step_", _with(3, None))
     plant.add("kernel-sum-kept", "S is not emptied", schedule_free, "step_", _kept)
+    plant.add("kernel-sum-times-zero", "S becomes 0·S, so NaN stays", schedule_free, "step_", _times_zero)
     plant.add("kernel-not-collected", "S takes up nothing", schedule_free, "step_", _uncollected)
     plant.add("kernel-operands-exchanged", "y and x exchanged", schedule_free, "_operands", _exchanged_operands)
     plant.add("kernel-uncorrected", "no bias correction", schedule_free, "launch", _after("_weigh", _uncorrect))
@@ -225,6 +226,17 @@ def _kept(f: Any) -> Any:
         for s, old in zip(bucket.update_sums or (), before, strict=True):
             if rest[-1] == "spend":
                 s.copy_(old)
+
+    return step_
+
+
+def _times_zero(f: Any) -> Any:
+    def step_(bucket: Any, *rest: Any) -> None:
+        before = [s * 0 for s in bucket.update_sums or ()]
+        f(bucket, *rest)
+        for s, zero in zip(bucket.update_sums or (), before, strict=True):
+            if rest[-1] == "spend":
+                s.add_(zero)
 
     return step_
 

@@ -306,6 +306,19 @@ def release_keeps_sum(f: Any) -> Any:
     return spend
 
 
+@plant(Release, "_spend")
+def release_empties_sum_by_zero(f: Any) -> Any:
+    """S is begun anew as 0·S, in which NaN stays."""
+
+    def spend(self: Any, batch: Any) -> None:
+        zeros = [total * 0 for total in batch.state["update_sum"]]
+        f(self, batch)
+        for total, zero in zip(batch.state["update_sum"], zeros, strict=True):
+            total.add_(zero)
+
+    return spend
+
+
 @plant(Release, "_micro_step")
 def release_one_early(_: Any) -> Any:
     """Parameters move at n = N − 1, 2N − 1, … (the original)."""

@@ -155,7 +155,7 @@ def _step(
     sum_place = address(table, member, count, 6, STATE, ALIGNED) + places
     if PHASE == "spend":
         u = tl.load(sum_place, mask=here, other=0.0)
-        tl.store(sum_place, u * 0.0, mask=written)
+        tl.store(sum_place, tl.zeros_like(u), mask=written)
     else:
         g_place = address(table, member, count, 1, PARAMETER, ALIGNED) + places
         g = widened(tl.load(g_place, mask=here, other=0.0), STATE)

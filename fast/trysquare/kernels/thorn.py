@@ -285,7 +285,7 @@ def _row_squares(
 @triton.jit
 def mean_square(total, columns, STATE: tl.constexpr):
     """Σx²/C."""
-    return quotient(total, (total * 0.0 + 1.0) * columns).to(STATE)
+    return quotient(total, tl.zeros_like(total) + columns).to(STATE)
 
 
 @triton.jit
