@@ -5,7 +5,7 @@ import inspect
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -89,6 +89,21 @@ def test_globs_leave_out_no_algorithm_that_they_match(glob: str) -> None:
 def test_other_algorithms_are_not_counted_through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry.ALGORITHMS["thorn"], "cases", lambda: pytest.fail("counted"), raising=False)
     assert registry.select("quick", ["dolphinflow/*", STANDARD[0].id])
+
+
+def test_ids_that_are_written_out_are_looked_for_no_further_than_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = registry.ALGORITHMS["dolphinflow"]
+    first = list(islice((case for case in subject.cases() if case.tier == "exhaustive"), 3))
+
+    def cases() -> Iterator[Case]:
+        yield from first
+        pytest.fail("counted on")
+
+    monkeypatch.setattr(subject, "cases", cases, raising=False)
+    assert registry.smallest_tier([first[2].id]) == "exhaustive"
+    assert registry.select("exhaustive", [first[0].id, first[2].id]) == [first[0], first[2]]
+    with pytest.raises(pytest.fail.Exception, match="counted on"):
+        registry.select("exhaustive", [first[0].id, "dolphinflow/no such case"])
 
 
 def test_a_lot_draws_as_many_of_each_algorithm_and_the_same_again() -> None:

@@ -44,6 +44,8 @@ def _collect() -> dict[str, Subject]:
 
 
 ALGORITHMS: dict[str, Subject] = _collect()
+WILD = re.compile(r"[*?\[]")
+"""What makes a glob of an id."""
 
 
 def all_cases() -> Iterator[Case]:
@@ -79,19 +81,29 @@ def select(tier: str, patterns: Iterable[str] = (), lane: str | None = None, lot
     """
     if tier not in TIERS:
         raise ValueError(f"tier={tier!r}: must be one of {', '.join(TIERS)}")
-    wanted, globs = TIERS[: TIERS.index(tier) + 1], list(patterns) or ["*"]
-    chosen: list[Case] = []
-    for subject in ALGORITHMS.values():
-        if lane is not None and not LANES[lane].runs(subject.algorithm):
-            continue
-        if not any(_may_match(subject.algorithm, glob) for glob in globs):
-            continue
-        of_tier = itertools.takewhile(lambda case: case.tier in wanted, subject.cases())
-        here = (case for case in of_tier if case.runs_in(lane) and case.tier_in(lane) in wanted)
-        held = (case for case in here if lane is None or LANES[lane].holds(case.dtype))
-        matching = (case for case in held if _matches(case.id, globs))
-        chosen += matching if lot is None else lot.draw(matching)
-    return chosen
+    if lot is None:
+        return list(_matching(tier, list(patterns), lane))
+    found = itertools.groupby(_matching(tier, list(patterns), lane), lambda case: case.algorithm)
+    return [case for _, cases in found for case in lot.draw(cases)]
+
+
+def _matching(tier: str, patterns: Sequence[str], lane: str | None = None) -> Iterator[Case]:
+    """Of one algorithm after the other; no further than ids go that are written out, of which each is one case."""
+    wanted, globs = TIERS[: TIERS.index(tier) + 1], set(patterns) or {"*"}
+    written_out = None if any(WILD.search(glob) for glob in globs) else len(globs)
+    found = itertools.chain.from_iterable(_of(subject, wanted, globs, lane) for subject in ALGORITHMS.values())
+    return itertools.islice(found, written_out)
+
+
+def _of(subject: Subject, wanted: Sequence[str], globs: Iterable[str], lane: str | None) -> Iterator[Case]:
+    if lane is not None and not LANES[lane].runs(subject.algorithm):
+        return
+    if not any(_may_match(subject.algorithm, glob) for glob in globs):
+        return
+    for case in itertools.takewhile(lambda case: case.tier in wanted, subject.cases()):
+        here = case.runs_in(lane) and case.tier_in(lane) in wanted
+        if here and (lane is None or LANES[lane].holds(case.dtype)) and _matches(case.id, globs):
+            yield case
 
 
 class OfAlgorithm(Protocol):
@@ -122,12 +134,12 @@ def _cut(items: Sequence[Item], index: int, parts: int) -> int:
 def smallest_tier(patterns: Iterable[str]) -> str | None:
     """The first tier in which some case matches, so that an id copied from a report needs no tier beside it."""
     globs = list(patterns)
-    return next((tier for tier in TIERS if select(tier, globs)), None)
+    return next((tier for tier in TIERS if any(True for _ in _matching(tier, globs))), None)
 
 
 def _may_match(algorithm: str, glob: str) -> bool:
     """Whether some id of the algorithm may match: the exhaustive tiers of all others need not be counted through."""
-    literal, ids = re.split(r"[*?\[]", glob, maxsplit=1)[0], f"{algorithm}/"
+    literal, ids = WILD.split(glob, maxsplit=1)[0], f"{algorithm}/"
     return literal.startswith(ids) or ids.startswith(literal)
 
 
