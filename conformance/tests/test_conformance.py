@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Timer
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 import trysquare
 from trysquare.ops import moments
 from trysquare_conformance import budget, compare, registry, report
+from trysquare_conformance import run as running
 from trysquare_conformance.case import Case, Outputs, Stage, Wrap
 from trysquare_conformance.cases.dolphinflow import SUBJECT, case
 from trysquare_conformance.compare import BudgetStore, run_case
@@ -62,6 +64,19 @@ def test_every_lane_that_ran_has_a_witness(result: Result) -> None:
     told = {lane["name"]: lane["witness"] for lane in result["lanes"] if lane["status"] == "ran"}
     assert told
     assert all(backend in str(witness) for name, witness in told.items() for backend in [name.partition("-")[0]])
+
+
+def test_what_waits_when_a_run_is_interrupted_never_begins() -> None:
+    ended, began = Event(), list[int]()
+    cores = os.cpu_count() or 1
+    with pytest.raises(KeyboardInterrupt), running._pool() as pool:  # noqa: PT012
+        held = [pool.submit(ended.wait) for _ in range(cores)]
+        waiting = [pool.submit(began.append, number) for number in range(3)]
+        Timer(0.1, ended.set).start()  # what runs is waited for
+        raise KeyboardInterrupt
+    assert all(future.done() for future in held)
+    assert all(future.cancelled() for future in waiting)
+    assert began == []
 
 
 def test_the_compiled_lane_stands_beside_the_eager_one(result: Result) -> None:

@@ -96,6 +96,7 @@ def _matching(tier: str, patterns: Sequence[str], lane: str | None = None) -> It
 
 
 def _of(subject: Subject, wanted: Sequence[str], globs: Iterable[str], lane: str | None) -> Iterator[Case]:
+    """An algorithm's cases of these tiers that match and that the lane, if there is one, can run."""
     if lane is not None and not LANES[lane].runs(subject.algorithm):
         return
     if not any(_may_match(subject.algorithm, glob) for glob in globs):

@@ -4,8 +4,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def run(
     runs = {lane: cases for lane, cases in wanted.items() if reasons[lane.name] is None}
     options = ["--tier", tier, *(f"--case={pattern}" for pattern in patterns)]
     options += [f"--sample={lot.count}", f"--seed={lot.seed}"] if lot else []
-    with tempfile.TemporaryDirectory(prefix="trysquare-") as budgets, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with tempfile.TemporaryDirectory(prefix="trysquare-") as budgets, _pool() as pool:
         processes = _processes(runs, [*options, "--budgets", budgets], progress)
         running = {process.name: pool.submit(process.run) for process in _in_order(processes)}
         compiled = ahead_of_time.start(pool, progress=progress) if compile_kernels else None
@@ -78,6 +79,16 @@ def run(
         "faults": score,
         "kernels": kernels,
     }
+
+
+@contextmanager
+def _pool() -> Iterator[ThreadPoolExecutor]:
+    """A thread for each core; what still waits when it is left early, as by Ctrl-C, never begins."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _nothing_to_do(cases: Sequence[Case]) -> str | None:
