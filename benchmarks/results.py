@@ -29,6 +29,12 @@ def write(target: Path, result: dict[str, Any]) -> None:
     target.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read(source: Path) -> dict[str, Any]:
+    """A result."""
+    found: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+    return found
+
+
 def load(what: str) -> list[dict[str, Any]]:
     """The committed results of every machine, by file name."""
-    return [json.loads(found.read_text(encoding="utf-8")) for found in sorted(FOLDER.glob(f"{what}-*.json"))]
+    return [read(found) for found in sorted(FOLDER.glob(f"{what}-*.json"))]

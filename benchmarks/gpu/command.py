@@ -49,7 +49,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     device = timing.CPU if dry else torch.device("cuda", torch.cuda.current_device())
     backend = "triton" if dry and _backend.interpreted() else "auto"
     sizes, clock = shapes.TOY if dry else shapes.FULL, timing.Clock(device)
-    result = header(chosen) | {"ceilings": ceilings(sizes, clock, chosen.rounds)}
+    result = begun(chosen) | {"ceilings": ceilings(sizes, clock, chosen.rounds)}
     for name, make in listed(sizes, device, backend).items():
         if name in chosen.work:
             result["works"].append(works.measure(make(), clock, chosen.rounds, result["ceilings"]["copy_gb_per_s"]))
@@ -72,8 +72,22 @@ def header(chosen: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def begun(chosen: argparse.Namespace) -> dict[str, Any]:
+    """A new result or, with `--add`, that which is there without the works that are measured again."""
+    new = header(chosen)
+    if not (chosen.add and chosen.json and chosen.json.exists()):
+        return new
+    before = results.read(chosen.json)
+    same = ("schema", "dry_run", "machine", "rounds")
+    if any(before[name] != new[name] for name in same):
+        sys.exit(f"{chosen.json} is of another machine or another number of rounds: --add goes on with the same")
+    kept = [work for work in before["works"] if work["work"] not in chosen.work]
+    return {**new, "command": f"{before['command']}; {new['command']}", "works": kept}
+
+
 def keep(path: Path | None, result: dict[str, Any]) -> None:
     """Judge what there is, and write it."""
+    result["works"].sort(key=lambda work: NAMES.index(work["work"]))
     result["bars"] = verdicts(result["works"])
     if path is not None:
         results.write(path, result)
@@ -134,6 +148,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=30, help="how often each step is timed")
     parser.add_argument("--imports", type=int, default=9, help="how many processes time the imports")
     parser.add_argument("--work", action="append", choices=NAMES, help="only this one; may be repeated")
+    parser.add_argument("--add", action="store_true", help="to the works that the result has, from the same machine")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, to see that all of it runs")
     parser.add_argument("--json", type=Path, help="where to write the result (by default benchmarks/results/)")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="only download the peers' wheels into DIR")

@@ -40,7 +40,6 @@ class Peer:
             return None
 
 
-DOLPHINFLOW = Peer("dolphinflow", "--target FOLDER dolphinflow==0.2.0", ("dolphinflow==0.2.0",))
 BITSANDBYTES = Peer("bitsandbytes", "bitsandbytes==0.50.2", ("bitsandbytes==0.50.2",), ("packaging",))
 TORCHAO = Peer("torchao", "torchao==0.18.0", ("torchao==0.18.0",))
 GRAM = Peer(
@@ -50,14 +49,7 @@ GRAM = Peer(
     ("nvidia-cutlass-dsl==4.5.2", "apache-tvm-ffi>=0.1.6,<0.2", "einops"),
 )
 DION = Peer("dion", "git+https://github.com/microsoft/dion")
-PEERS = (DOLPHINFLOW, BITSANDBYTES, TORCHAO, GRAM, DION)
-
-
-def without_dolphinflow() -> str | None:
-    """The published package, which is looked for in a folder of its own: our alias has its name."""
-    reason = originals.missing()
-    where = f"with FOLDER in {originals.VARIABLE}"
-    return None if reason is None else f"not installed: pip install --no-deps {DOLPHINFLOW.install}, {where}"
+PEERS = (BITSANDBYTES, TORCHAO, GRAM, DION)
 
 
 def without_bitsandbytes() -> str | None:
@@ -78,6 +70,4 @@ def download(folder: Path) -> None:
 
 
 HOW_TO_INSTALL = """On the machine without a network, in the environment with its torch:
-  python -m pip install --no-index --find-links {folder} {names}
-  python -m pip install --no-index --find-links {folder} --no-deps --target oracles dolphinflow==0.2.0
-  export TRYSQUARE_ORACLES=$PWD/oracles"""
+  python -m pip install --no-index --find-links {folder} {names}"""

@@ -2,13 +2,12 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from benchmarks import contenders, gpt2
-from benchmarks.contenders import FOREACH, FUSED, PUBLISHED, Build, Contender, relative_error
+from benchmarks.contenders import FOREACH, FUSED, Build, Contender, relative_error
 from benchmarks.gpu import peers, shapes
 from benchmarks.gpu.works import Accuracy, Entry, Subject, Work
 from trysquare import DolphinFlow, DolphinFlow8bit
@@ -54,14 +53,13 @@ def checked(build: Build, exact: Contender, device: torch.device, *, judged: boo
     return Accuracy(error, exact.margin(start, batches, parameters) if judged else None)
 
 
-def entry(contender: Contender, device: torch.device, parameters: int, missing: str | None = None) -> Entry:
+def entry(contender: Contender, device: torch.device, parameters: int) -> Entry:
     """One whose float64 self is known."""
     moved = contender.bytes_per_parameter
     return Entry(
         contender.name,
         stepping(contender.build),
         functools.partial(checked, contender.build, contender, device, judged=True),
-        missing=missing,
         bytes_moved=None if moved is None else moved * parameters,
         ours=contender.name in {OURS, EAGER},
     )
@@ -80,15 +78,8 @@ def dolphinflow(sizes: tuple[shapes.Shape, ...], device: torch.device, backend: 
             one(contenders.adamw(FOREACH, foreach=True)),
             one(contenders.ours(OURS, 32, backend)),
             one(contenders.ours(EAGER, 32, "eager")),
-            one(published(), missing=peers.without_dolphinflow()),
         ),
     )
-
-
-def published() -> Contender:
-    """dolphinflow 0.2.0, or a name for the row that says that it is missing."""
-    found = contenders.published()
-    return found[0] if found else replace(contenders.adamw(PUBLISHED), name=PUBLISHED)
 
 
 def eightbit(sizes: tuple[shapes.Shape, ...], device: torch.device, backend: str) -> Work:

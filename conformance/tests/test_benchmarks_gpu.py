@@ -66,6 +66,18 @@ def test_a_dry_run_goes_through_every_row_and_makes_no_table(
         tables.body("gpu")
 
 
+def test_a_result_is_added_to(gpu: ModuleType, tmp_path: Path) -> None:
+    """Machines are lent by the minute."""
+    target = tmp_path / "toy.json"
+    dry_run(target, "--work", "losses")
+    result = dry_run(target, "--work", "products", "--add")
+    assert [work["work"] for work in result["works"]] == ["products", "losses"]
+    assert result["command"].count("python -m benchmarks gpu") == 2
+    chosen = gpu.command.parse(["--json", str(target), "--add", "--work", "losses", "--rounds", "3", "--dry-run"])
+    with pytest.raises(SystemExit, match="another number of rounds"):
+        gpu.command.begun(chosen)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_a_dry_run_in_the_interpreter_runs_the_kernels(tmp_path: Path) -> None:
     row = rows(dry_run(tmp_path / "toy.json", "--work", "dolphinflow", TRITON_INTERPRET="1"))[DOLPHINFLOW]
