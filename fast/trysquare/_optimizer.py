@@ -142,14 +142,32 @@ class BatchedOptimizer(Norms):
 
     def _check_gradients(self) -> None:
         for index, group in enumerate(self.param_groups):
+            layout_of, known = self._layouts(group), set[torch.device]()
             for position, parameter in enumerate(group["params"]):
-                if parameter.grad is None:
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                state, layout = self.state.get(parameter) or {}, layout_of(parameter)
+                if parameter.device in known and _parameters.are_plain(parameter, gradient, state, layout):
                     continue
                 name = _parameters.name_of(group, index, position)
                 _parameters.check_gradient(parameter, name)
                 self._check_device(parameter.device, name)
-                if parameter in self.state:
-                    _parameters.check_state(self.state[parameter], self._layout(group, parameter), name)
+                _parameters.check_state(state, layout, name)
+                known.add(parameter.device)
+
+    def _layouts(self, group: Group) -> Callable[[Tensor], dict[str, Entry]]:
+        """`_layout` of parameters of a group as it is now: one of a kind has that of all."""
+        known: dict[Any, dict[str, Entry]] = {}
+
+        def layout_of(parameter: Tensor) -> dict[str, Entry]:
+            kind = _batches.same_kind(parameter)
+            found = known.get(kind)
+            if found is None:
+                found = known[kind] = self._layout(group, parameter)
+            return found
+
+        return layout_of
 
     def _check_device(self, device: torch.device, name: str) -> None:
         """Raise if the backend that was asked for cannot run where a parameter is."""
@@ -263,26 +281,31 @@ class BatchedOptimizer(Norms):
             self._refuse_recording(True)
             self._check_groups(self.param_groups)
             self._check_gradients()
+        layout_of = self._layouts(group)
         for position, parameter in enumerate(group["params"]):
-            if parameter.grad is None:
+            gradient = parameter.grad
+            if gradient is None:
                 continue
-            state = self._state_of(group, parameter)
+            layout = layout_of(parameter)
+            state = self._state_of(group, parameter, layout)
             positions.append(position)
-            held.append(" ".join(state))
+            held.append(" ".join(layout))
             parameters.append(parameter)
-            gradients.append(parameter.grad)
+            gradients.append(gradient)
             for name, tensors in zip(self._entries, states, strict=True):
-                tensors.append(state[name if name in state else "step"])
+                tensors.append(state[name if name in layout else "step"])
 
-    def _state_of(self, group: Group, parameter: Tensor) -> dict[str, Tensor]:
+    def _state_of(self, group: Group, parameter: Tensor, layout: Mapping[str, Entry]) -> dict[str, Tensor]:
         """The state of a parameter as its layout says: made if there is none, and moved where the model was."""
-        state, layout = self.state[parameter], self._layout(group, parameter)
+        state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state.update(self._new_state(group, parameter))
-        for name, entry in layout.items():
-            if state[name].device != parameter.device or state[name].dtype != entry.dtype:
-                state[name] = state[name].to(parameter.device, entry.dtype)
-        return {name: state[name] for name in layout}
+        device = parameter.device
+        for name, (_, dtype) in layout.items():
+            tensor = state[name]
+            if tensor.dtype != dtype or tensor.device != device:
+                state[name] = tensor.to(device, dtype)
+        return state
 
     def _new_state(self, group: Group, parameter: Tensor) -> dict[str, Tensor]:
         layout = self._layout(group, parameter)

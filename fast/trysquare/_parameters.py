@@ -98,6 +98,19 @@ def check_parameter(parameter: Any, name: str) -> None:
         raise ValueError(f"{name} is a DTensor: sharded parameters are not supported by this version of trysquare")
 
 
+def are_plain(parameter: Tensor, gradient: Tensor, state: Mapping[str, Any], layout: Mapping[str, Any]) -> bool:
+    """Whether gradient and state have nothing that `check_gradient` and `check_state` would need a second look at."""
+    if gradient.layout is not torch.strided or gradient.dtype is not parameter.dtype:
+        return False
+    if gradient.shape != parameter.shape or gradient.device != parameter.device:
+        return False
+    for entry, (shape, dtype) in layout.items() if state else ():
+        tensor = state.get(entry)
+        if not isinstance(tensor, Tensor) or tensor.dtype is not dtype or tensor.shape != shape:
+            return False
+    return True
+
+
 def check_gradient(parameter: Tensor, name: str) -> None:
     """Raise unless the gradient is dense and has the parameter's shape, dtype and device."""
     gradient = parameter.grad

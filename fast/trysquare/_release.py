@@ -218,8 +218,9 @@ class Release(Steps):
             raise RuntimeError(f"the gradient of {name} is not finite and nonfinite='raise'; it was not changed")
         if self._averages(group) and self.state.get(parameter):
             self._settle_y(parameter)
-        state = self._state_of(group, parameter)
-        batch = Batch(group, [parameter], [gradient], {entry: [tensor] for entry, tensor in state.items()})
+        layout = self._layout(group, parameter)
+        state = self._state_of(group, parameter, layout)
+        batch = Batch(group, [parameter], [gradient], {entry: [state[entry]] for entry in layout})
         self._rehearse([batch], self._every_phase)
         self._advance(batch, None)
         if parameter.numel():
