@@ -19,14 +19,21 @@ SCRATCH = 5
 STACKED = 4
 """Parameters are copied into one batch if at least so many fit into the workspace; larger ones are stepped in place."""
 
-WORKSPACE_BYTES = {"cpu": 4 << 20}
-"""Measured on two cores with 1 MiB of second-level cache each (benchmarks/results); other devices: not measured."""
+WORKSPACE_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
+"""On two cores with 1 MiB of second-level cache each (benchmarks/results), and on an H100: a step of THORN on the 196
+matrices of Qwen3-1.7B took 110 ms with 256 MiB, 94 with 1 GiB and 91 with 4. Other devices: not measured."""
 
 OTHER_WORKSPACE_BYTES = 256 << 20
+SHARE = 32
+"""A GPU gives one part in so many of its memory, at most."""
 
 
 def default_workspace(device: torch.device) -> int:
-    return WORKSPACE_BYTES.get(device.type, OTHER_WORKSPACE_BYTES)
+    """What bounds the scratch of a step where nobody says; in a trace nothing is cut by it."""
+    measured = WORKSPACE_BYTES.get(device.type, OTHER_WORKSPACE_BYTES)
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return measured
+    return min(measured, torch.cuda.get_device_properties(device).total_memory // SHARE)
 
 
 class Batch(NamedTuple):
