@@ -42,6 +42,9 @@ rehearsing = False
 only_recorded = False
 """Whether kernels' launches are only written down, so that no GPU is needed; `kernels.recording` sets it."""
 
+recorded_for: tuple[int, int] | None = None
+"""The compute capability that they are written down for, where there is a choice; None: those without a choice."""
+
 
 WITHOUT_TRITON = "'auto', 'eager' or 'compiled'"
 """What may be asked for instead, of an optimizer."""

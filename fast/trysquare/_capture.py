@@ -135,8 +135,8 @@ class CapturedStep:
         device = device_of(self.optimizer)
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         tables = _Tables(triton=self.optimizer._chosen(device) == "triton")  # noqa: SLF001
-        with torch.cuda.device(device), tables.reserved(), self._in_place():
-            current = torch.cuda.current_stream(device)
+        current = torch.cuda.current_stream(device)
+        with torch.cuda.device(device), tables.reserved(current), self._in_place():
             try:
                 # other threads may go on with their own work, which may allocate memory
                 with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
@@ -248,14 +248,14 @@ class _Tables:
         self._places: dict[Any, Tensor] = {}
 
     @contextmanager
-    def reserved(self) -> Iterator[None]:
-        """While it lasts, launches get places for their tables."""
+    def reserved(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        """While it lasts, launches get places for their tables, of the memory of a stream that is not captured."""
         if not self._triton:
             yield
             return
         from trysquare.kernels._launch import reserving
 
-        with reserving() as self._places:
+        with reserving(stream) as self._places:
             yield
 
     def filled(self) -> dict[Any, Tensor]:

@@ -7,9 +7,9 @@ operand, and its numbers in one float64 tensor: what changes from step to step i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,6 +19,9 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from trysquare import _backend
+
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+"""Its version."""
 
 ALIGNMENT = 16
 """Bytes of the widest load; addresses that are multiples of it are promised to the compiler."""
@@ -43,7 +46,7 @@ class Launch:
     kernel: Any
     arguments: tuple[Any, ...]
     constants: Mapping[str, Any]
-    options: Mapping[str, int]
+    options: Mapping[str, Any]
 
 
 _recorded: list[Launch] = []
@@ -60,14 +63,17 @@ def compiling() -> Iterator[None]:
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """While it lasts, launches are written down and nothing runs: so it is known what to compile without a GPU."""
-    _backend.only_recorded = True
+def recording(capability: tuple[int, int] | None = None) -> Iterator[list[Launch]]:
+    """While it lasts, launches are written down and nothing runs: so it is known what to compile without a GPU.
+
+    Those of an NVIDIA GPU of the ``capability``, or, without one, those that any GPU may see.
+    """
+    _backend.only_recorded, _backend.recorded_for = True, capability
     _recorded.clear()
     try:
         yield _recorded
     finally:
-        _backend.only_recorded = False
+        _backend.only_recorded, _backend.recorded_for = False, None
 
 
 def launch(
@@ -77,6 +83,7 @@ def launch(
     constants: Mapping[str, Any],
     num_warps: int = 4,
     num_stages: int = 2,
+    registers: int | None = None,
 ) -> None:
     """Launch so many programs of a kernel on the device of its first argument.
 
@@ -87,13 +94,16 @@ def launch(
         constants: What the kernel is compiled for, by name.
         num_warps: Of 32 threads, a program.
         num_stages: Of the software pipeline of its loops.
+        registers: Of a thread of an NVIDIA GPU, at most; None: as many as the compiler finds useful.
 
     Raises:
         RuntimeError: The kernel cannot be compiled; names kernel, shapes and versions.
     """
     if programs == 0:
         return
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": FUSES}
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": FUSES}
+    if registers is not None and torch.version.hip is None:
+        options["maxnreg"] = registers
     if _backend.only_recorded:
         _recorded.append(Launch(kernel, arguments, constants, options))
         return
@@ -110,7 +120,7 @@ def launch(
 
 
 def _compile(
-    kernel: Any, programs: int, arguments: Sequence[Any], constants: Mapping[str, Any], options: Mapping[str, int]
+    kernel: Any, programs: int, arguments: Sequence[Any], constants: Mapping[str, Any], options: Mapping[str, Any]
 ) -> None:
     try:
         with _device_of(arguments[0]):
@@ -182,20 +192,29 @@ KEPT = 4096
 
 _kept: dict[Any, Tensor] = {}
 
-_reserved: dict[Any, Tensor] | None = None
+class Reserved(NamedTuple):
+    """Places for tables and numbers, by what belongs there, and the stream that their memory is of (None: of a CPU)."""
+
+    places: dict[Any, Tensor]
+    stream: Any
+
+
+_reserved: Reserved | None = None
 
 
 @contextmanager
-def reserving() -> Iterator[dict[Any, Tensor]]:
+def reserving(stream: Any = None) -> Iterator[dict[Any, Tensor]]:
     """While it lasts, tables and numbers of the host get a place on their device, and nothing is copied there.
 
     For a capture into a graph, within which nothing can be copied from the host, and need not be: nothing runs. `fill`
-    does so afterwards. The places are the graph's own, and have to be kept as long as it.
+    does so afterwards. The places are the graph's own, and have to be kept as long as it. Their memory is that of a
+    stream which is not captured: from the graph's own they might get what an earlier kernel of it had for scratch, and
+    every replay would write over them.
     """
     global _reserved  # noqa: PLW0603 (the launchers have no other way to know)
-    _reserved = {}
+    _reserved = Reserved({}, stream)
     try:
-        yield _reserved
+        yield _reserved.places
     finally:
         _reserved = None
 
@@ -228,12 +247,13 @@ def _writes_down(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_current_stream_capturing()
 
 
-def _place(key: Any, places: dict[Any, Tensor]) -> Tensor:
+def _place(key: Any, reserved: Reserved) -> Tensor:
     """The place of a tensor of host numbers, by its shape."""
     device, values, dtype, _ = key
-    if key not in places:
-        places[key] = torch.empty(_shape(values), dtype=dtype, device=device)
-    return places[key]
+    if key not in reserved.places:
+        with nullcontext() if reserved.stream is None else torch.cuda.stream(reserved.stream):
+            reserved.places[key] = torch.empty(_shape(values), dtype=dtype, device=device)
+    return reserved.places[key]
 
 
 def _shape(values: Any) -> tuple[int, ...]:
