@@ -51,6 +51,9 @@ TYPES = {
     torch.bool: "i1",
 }
 EVERY = "every target"
+CHOICES = {"sm_90": (9, 0)}
+"""Targets for which an algorithm chooses other kernels than those that any GPU may see, by capability."""
+
 DIVISOR = 16
 CUBIN = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:\d+ LOCAL:(?P<local>\d+)")
 AMD = {
@@ -99,6 +102,8 @@ class Request:
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[int, ...]
     options: tuple[tuple[str, Any], ...]
+    only: str | None = None
+    """The target that alone runs it; None: any."""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -124,11 +129,12 @@ def requests(chosen: Sequence[Configuration] | None = None) -> tuple[list[Reques
     for configuration in configurations() if chosen is None else chosen:
         if configuration.algorithm not in WITH_KERNELS:
             continue
-        with kernels.recording() as launches:
-            configuration.step()
-        for launch in launches:
-            request = _request(configuration, launch)
-            found.setdefault(request.key, request)
+        for only in (None, *CHOICES) if configuration.chooses else (None,):
+            with kernels.recording(CHOICES[only] if only else None) as launches:
+                configuration.step()
+            for launch in launches:
+                request = _request(configuration, launch, only)
+                found.setdefault(request.key, request)
         if not launches:
             nothing = Request(configuration.algorithm, configuration.name, _Nothing, (), (), (), ())
             errors.append(nothing.row(EVERY, error="the configuration launches no kernel"))
@@ -142,7 +148,7 @@ class _Nothing:
     arg_names: tuple[str, ...] = ()
 
 
-def _request(configuration: Configuration, launch: Any) -> Request:
+def _request(configuration: Configuration, launch: Any, only: str | None) -> Request:
     """As Triton specialises: None and 1 are constants, and what divides by 16 is known to."""
     signature, constants, aligned = {}, dict(launch.constants), []
     for place, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.arguments, strict=False)):
@@ -150,7 +156,7 @@ def _request(configuration: Configuration, launch: Any) -> Request:
             constants[name] = value
             continue
         signature[name] = _type(value)
-        if not isinstance(value, float) and _number(value) % DIVISOR == 0:
+        if isinstance(value, int | torch.Tensor) and _number(value) % DIVISOR == 0:
             aligned.append(place)
     ordered = tuple((name, signature.get(name, "constexpr")) for name in launch.kernel.arg_names)
     return Request(
@@ -161,15 +167,18 @@ def _request(configuration: Configuration, launch: Any) -> Request:
         tuple(constants.items()),
         tuple(aligned),
         tuple(launch.options.items()),
+        only,
     )
 
 
-def _type(value: torch.Tensor | float) -> str:
+def _type(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"*{TYPES[value.dtype]}"
     if isinstance(value, float):
         return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
 
 
 def _number(value: torch.Tensor | int) -> int:
@@ -187,7 +196,8 @@ def compile_for(request: Request, target: str) -> Kernel:
     backend, architecture, threads, _ = TARGETS[target]
     try:
         gpu = GPUTarget(backend, architecture, threads)
-        made = triton.compile(_source(request, gpu), target=gpu, options=dict(request.options))
+        options = {name: value for name, value in request.options if name != "maxnreg" or backend == "cuda"}
+        made = triton.compile(_source(request, gpu), target=gpu, options=options)
         taken = _of_cubin(made.asm["cubin"]) if backend == "cuda" else _of_assembly(made.asm["amdgcn"])
     except Exception as error:  # noqa: BLE001  # whatever the compiler says is the answer
         because = f" ({error.__cause__})" if error.__cause__ else ""
@@ -361,7 +371,8 @@ def _lines(options: argparse.Namespace) -> Iterator[Any]:
     globs = options.algorithm or ["*"]
     wanted = [c for c in configurations() if any(fnmatchcase(c.algorithm, glob) for glob in globs)]
     found, errors = requests(wanted)
-    pairs = [(request, target) for request in found for target in options.target or known_targets()]
+    wanted_targets = options.target or known_targets()
+    pairs = [(request, target) for request in found for target in wanted_targets if request.only in {None, target}]
     own = pairs[options.part :: options.parts]
     told = errors if options.part == 0 else []
     yield len(own) + len(told)

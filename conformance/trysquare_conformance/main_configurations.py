@@ -31,6 +31,8 @@ class Configuration:
     algorithm: str
     name: str
     step: Callable[[], Any]
+    chooses: bool = False
+    """Whether some GPUs run other kernels than the rest."""
 
 
 def configurations() -> Iterator[Configuration]:
@@ -44,7 +46,7 @@ def configurations() -> Iterator[Configuration]:
         yield Configuration("dolphinflow8bit", f"{mode}/{short}", step)
     yield Configuration("blockwise8bit", "codes", _codes)
     for (short, dtype), batched in product(DTYPES.items(), (False, True)):
-        yield Configuration("thorn", f"batched={batched}/{short}", partial(_thorn, dtype, batched))
+        yield Configuration("thorn", f"batched={batched}/{short}", partial(_thorn, dtype, batched), chooses=True)
     for short, dtype in DTYPES.items():
         yield Configuration("stablemax", short, partial(_stablemax, dtype, backend="triton"))
 

@@ -1,6 +1,7 @@
 """What THORN launches, written down without a GPU; `interpreted/thorn.py` runs it."""
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: it has wheels for Linux only")
 
 from trysquare import kernels
-from trysquare.kernels import _polar_choices
+from trysquare.kernels import _described, _polar_choices
+from trysquare.kernels._polar_choices import Product
 from trysquare.thorn import THORN
 
 CPU = torch.device("cpu")
@@ -38,17 +40,47 @@ def test_a_step_of_matrices_is_so_many_launches() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_takes_the_symmetric_kernel_from_512_rows_on(dtype: torch.dtype) -> None:
-    assert _polar_choices.of_symmetric(511, dtype, CPU) is None
-    choice = _polar_choices.of_symmetric(512, dtype, CPU)
+@pytest.mark.parametrize("product", ["gram", "square"])
+def test_half_precision_takes_the_symmetric_kernel_from_512_rows_on(product: Product, dtype: torch.dtype) -> None:
+    assert _polar_choices.of_symmetric(product, 511, dtype, CPU) is None
+    choice = _polar_choices.of_symmetric(product, 512, dtype, CPU)
     assert choice is not None
     assert choice.source == _polar_choices.BY_RULE
 
 
+def test_hopper_describes_its_operands() -> None:
+    """Which leaves XXᵀ of small matrices to cuBLAS."""
+    with kernels.recording((9, 0)):
+        assert _polar_choices.of_symmetric("gram", 767, torch.bfloat16, CPU) is None
+        for product, wide in (("gram", 2), ("square", 1)):
+            choice = _polar_choices.of_symmetric(product, 768, torch.bfloat16, CPU)
+            assert choice is not None
+            assert (choice.tile.wide, choice.source) == (wide, _polar_choices.MEASURED)
+            assert _polar_choices.by_pointers(choice.tile).wide == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_other_products_are_cublas(dtype: torch.dtype) -> None:
-    assert _polar_choices.of_symmetric(4096, dtype, CPU) is None
+@pytest.mark.parametrize("product", ["gram", "square"])
+def test_other_products_are_cublas(product: Product, dtype: torch.dtype) -> None:
+    assert _polar_choices.of_symmetric(product, 4096, dtype, CPU) is None
     assert _polar_choices.of_wide(4096, torch.bfloat16) is None
+
+
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [
+        (lambda x: x, True),
+        (lambda x: x.mT, True),
+        (lambda x: x[:, :, 1:], False),  # begins between two multiples of 16 bytes
+        (lambda x: x[:, :, :8], True),
+        (lambda x: x[:, :, ::2], False),
+        (lambda x: x[:0], False),
+        (lambda x: torch.zeros(2, 8, 9, dtype=x.dtype), False),  # rows of 18 bytes
+    ],
+)
+def test_what_can_be_described(view: Callable[[torch.Tensor], torch.Tensor], expected: bool) -> None:
+    pytest.importorskip("triton.tools.tensor_descriptor", reason="Triton has had descriptors since 3.4")
+    assert _described.describable(view(torch.zeros(2, 16, 24, dtype=torch.bfloat16))) is expected
 
 
 def test_products_are_measured_on_a_gpu_only() -> None:

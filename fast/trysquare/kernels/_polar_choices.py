@@ -1,9 +1,9 @@
 """Which product of the iterations runs by which kernel: a table, rules for the rest, and how it is measured.
 
-No entry has been measured yet: each follows from counting, and says so.
-
 - Half work leaves (T + 1)/2T of a product, T = n/tile. At n = 512 that is 0.63 with tiles of 128 and 0.56 with tiles of
   64, which however read each factor twice as often; below it a product is over before its launch is.
+- XXᵀ alone is what cuBLAS does best: at 797 TFLOP/s on an H100, bA + cA² at 600. Against that it takes the copy engine
+  and two tiles at once.
 - βX + QX has no symmetry to use: cuBLAS.
 - Products of float32 numbers run without tensor cores here, in cuBLAS by what `torch.backends` allows: cuBLAS. So does
   float64.
@@ -12,14 +12,18 @@ No entry has been measured yet: each follows from counting, and says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trysquare import _backend
 
+Product = Literal["gram", "square"]
+"""XXᵀ, or βB + αLR of symmetric matrices."""
+
 BY_RULE = "by rule, not measured"
+MEASURED = "measured on an H100"
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -32,6 +36,8 @@ class Tile(NamedTuple):
     """Terms of a sum that are loaded at a time."""
     warps: int
     stages: int
+    wide: int = 0
+    """Tiles beside each other, one or two, whose operands are described; 0: one, with operands read by pointers."""
 
 
 class Choice(NamedTuple):
@@ -42,36 +48,45 @@ class Choice(NamedTuple):
     source: str
 
 
-TABLE: dict[tuple[int, int], tuple[Choice, ...]] = {
-    (8, 0): (
-        Choice(512, Tile(64, 64, 4, 3), BY_RULE),
-        Choice(1024, Tile(128, 32, 8, 3), BY_RULE),
-    ),
-    (9, 0): (
-        Choice(512, Tile(64, 64, 4, 3), BY_RULE),
-        Choice(1024, Tile(128, 64, 8, 3), BY_RULE),
-    ),
-}
-"""The symmetric kernel on half-precision operands, for each compute capability; the last entry that fits counts."""
+ONE, TWO = Tile(128, 64, 4, 3, wide=1), Tile(128, 64, 8, 3, wide=2)
+POINTERS = (Choice(512, Tile(64, 64, 4, 3), BY_RULE), Choice(1024, Tile(128, 32, 8, 3), BY_RULE))
 
-OTHERWISE = TABLE[8, 0]
-"""Elsewhere: the tiles that take less on-chip memory."""
+TABLE: dict[tuple[int, int], dict[Product, tuple[Choice, ...]]] = {
+    (9, 0): {
+        "gram": (Choice(768, TWO, MEASURED),),
+        "square": (Choice(512, ONE, BY_RULE), Choice(768, ONE, MEASURED)),
+    },
+}
+"""The symmetric kernel on half-precision operands, for each compute capability; the last entry that fits counts.
+
+On an H100, torch 2.11 and Triton 3.6, cuBLAS took so many times as long for XXᵀ and bA + cA²: 1.12 and 1.93 at n = 768
+(84 matrices), 1.26 and 1.70 at 1024 × 2048 (56), 1.43 and 1.65 at 2048 (28), 1.53 and 1.72 at 2048 × 6144 (28).
+"""
+
+OTHERWISE: dict[Product, tuple[Choice, ...]] = {"gram": POINTERS, "square": POINTERS}
+"""Elsewhere: pointers, and tiles that take less on-chip memory."""
 
 INTERPRETED_ROWS = 24
-INTERPRETED, INTERPRETED_WIDE = Tile(16, 64, 4, 1), Tile(32, 64, 4, 1)
+INTERPRETED: dict[Product, Tile] = {"gram": Tile(16, 64, 4, 1, wide=2), "square": Tile(16, 64, 4, 1, wide=1)}
+INTERPRETED_WIDE = Tile(32, 64, 4, 1)
 """In Triton's interpreter nothing is fast. So that kernels are tested there, by the same choice, both products run by
 them from a few rows on, in float32 too, and on tiles so small that there are several."""
 
 
-def of_symmetric(rows: int, dtype: torch.dtype, device: torch.device) -> Choice | None:
+def of_symmetric(product: Product, rows: int, dtype: torch.dtype, device: torch.device) -> Choice | None:
     """How n × n symmetric products run: the entry for the symmetric kernel, or None for cuBLAS."""
     if _backend.interpreted():
         runs = rows >= INTERPRETED_ROWS and dtype != torch.float64
-        return Choice(INTERPRETED_ROWS, INTERPRETED, "interpreted") if runs else None
+        return Choice(INTERPRETED_ROWS, INTERPRETED[product], "interpreted") if runs else None
     if dtype not in HALF:
         return None
-    fitting = [choice for choice in _table(device) if choice.rows <= rows]
+    fitting = [choice for choice in _table(device)[product] if choice.rows <= rows]
     return fitting[-1] if fitting else None
+
+
+def by_pointers(tile: Tile) -> Tile:
+    """The tile instead of one whose operands cannot be described."""
+    return tile._replace(wide=0) if _backend.interpreted() else POINTERS[-1].tile
 
 
 def of_wide(rows: int, dtype: torch.dtype) -> Tile | None:
@@ -80,15 +95,17 @@ def of_wide(rows: int, dtype: torch.dtype) -> Tile | None:
     return INTERPRETED_WIDE if runs else None
 
 
-def _table(device: torch.device) -> tuple[Choice, ...]:
+def _table(device: torch.device) -> dict[Product, tuple[Choice, ...]]:
+    if _backend.only_recorded and _backend.recorded_for is not None:
+        return TABLE.get(_backend.recorded_for, OTHERWISE)
     if device.type != "cuda" or torch.version.hip is not None:
         return OTHERWISE
     return TABLE.get(torch.cuda.get_device_capability(device), OTHERWISE)
 
 
 def in_words(rows: int, dtype: torch.dtype, device: torch.device) -> str:
-    """For `explain`."""
-    choice = of_symmetric(rows, dtype, device)
+    """For `explain`: the products of squares, most of all."""
+    choice = of_symmetric("square", rows, dtype, device)
     if choice is None:
         return "by cuBLAS"
     return f"by the symmetric kernel, tiles of {choice.tile.side} ({choice.source})"
@@ -96,7 +113,7 @@ def in_words(rows: int, dtype: torch.dtype, device: torch.device) -> str:
 
 # Measuring, on a GPU and only when asked for
 
-CANDIDATES = (Tile(64, 32, 4, 3), Tile(64, 64, 4, 3), Tile(128, 32, 4, 3), Tile(128, 32, 8, 3), Tile(128, 64, 8, 3))
+CANDIDATES = (ONE, TWO, ONE._replace(warps=8), Tile(64, 64, 4, 3), Tile(128, 32, 8, 3), Tile(128, 64, 8, 4))
 ROUNDS = 20
 
 

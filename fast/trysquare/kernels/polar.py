@@ -13,6 +13,7 @@ from triton import language as tl
 
 from trysquare.kernels import _polar_choices
 from trysquare.kernels._arithmetic import dotted, narrowed, widened
+from trysquare.kernels._described import describable, described
 from trysquare.kernels._launch import DTYPES, floats, launch
 from trysquare.kernels._polar_choices import Tile
 from trysquare.ops import polar
@@ -26,12 +27,12 @@ class Products(polar.Products):
 
     def gram(self, x: Tensor) -> Tensor:
         """XXᵀ."""
-        choice = _polar_choices.of_symmetric(x.shape[-2], x.dtype, x.device)
+        choice = _polar_choices.of_symmetric("gram", x.shape[-2], x.dtype, x.device)
         return super().gram(x) if choice is None else symmetric_product(x, x, choice.tile)
 
     def add_multiple(self, base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
         """β·base + α·left · right of symmetric matrices that commute."""
-        choice = _polar_choices.of_symmetric(left.shape[-2], left.dtype, left.device)
+        choice = _polar_choices.of_symmetric("square", left.shape[-2], left.dtype, left.device)
         if choice is None:
             return super().add_multiple(base, left, right, beta, alpha)
         return symmetric_product(left, right, choice.tile, base, beta, alpha)
@@ -53,20 +54,28 @@ def symmetric_product(
     Args:
         left: (B, n, k) with any strides; half precision or float32. Sums are of float32 numbers.
         right: Of the same shape and dtype.
-        tile: How.
+        tile: How; what cannot be described is read through pointers, by a tile for these.
         base: (B, n, n), symmetric; None: 0.
         beta: β, a factor of ``base``.
         alpha: α.
     """
     batch, size, inner = left.shape
     out = torch.empty(batch, size, size, dtype=left.dtype, device=left.device)
-    tiles = triton.cdiv(size, tile.side)
-    triangle = tiles * (tiles + 1) // 2
-    numbers = floats(left.device, beta, alpha)
     base = None if base is None else base.contiguous()
-    arguments = left, right, base, out, numbers, size, inner, triangle, *left.stride(), *right.stride()
+    numbers = floats(left.device, beta, alpha)
+    if tile.wide and not (describable(left) and describable(right)):
+        tile = _polar_choices.by_pointers(tile)
+    rows = triton.cdiv(size, tile.side * max(1, tile.wide))
+    triangle = max(1, tile.wide) * rows * (rows + 1) // 2
     constants = {"DTYPE": DTYPES[left.dtype], "SIDE": tile.side, "INNER": tile.inner}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if tile.wide:
+        x, y = described(left, tile.side, tile.inner), described(right, tile.side * tile.wide, tile.inner)
+        constants |= {"WIDE": tile.wide, "LEFT_ROWS": x.by_rows, "RIGHT_ROWS": y.by_rows}
+        of_blocks = out, x.descriptor, y.descriptor, base, numbers, size, inner, triangle
+        launch(_symmetric_product_of_blocks, batch * triangle, *of_blocks, constants=constants, **options)
+        return out
+    arguments = left, right, base, out, numbers, size, inner, triangle, *left.stride(), *right.stride()
     launch(_symmetric_product, batch * triangle, *arguments, constants=constants, **options)
     return out
 
@@ -91,6 +100,7 @@ def _symmetric_product(
     SIDE: tl.constexpr,
     INNER: tl.constexpr,
 ):
+    """Operands of any strides, through pointers."""
     batch = (tl.program_id(0) // triangle).to(tl.int64)
     i, j = tile_of(tl.program_id(0) % triangle)
     row = i * SIDE + tl.arange(0, SIDE)
@@ -106,6 +116,63 @@ def _symmetric_product(
         x = tl.load(left_place + at[None, :] * left_inner, mask=(row < size)[:, None] & here[None, :], other=0.0)
         y = tl.load(right_place + at[:, None] * right_inner, mask=here[:, None] & (column < size)[None, :], other=0.0)
         total = dotted(x, y, total)
+    store_tile(total, base, out, numbers, batch, i, j, size, DTYPE, SIDE)
+
+
+@triton.jit
+def _symmetric_product_of_blocks(
+    out,
+    left,
+    right,
+    base,
+    numbers,
+    size,
+    inner,
+    triangle,
+    DTYPE: tl.constexpr,
+    SIDE: tl.constexpr,
+    INNER: tl.constexpr,
+    WIDE: tl.constexpr,
+    LEFT_ROWS: tl.constexpr,
+    RIGHT_ROWS: tl.constexpr,
+):
+    """Operands whose blocks a Hopper GPU's copy engine fetches, one tile or two beside each other.
+
+    Two need less to be fetched for as many products; of those that reach over the diagonal, what lies above it is lost.
+    """
+    batch, index = tl.program_id(0) // triangle, tl.program_id(0) % triangle
+    down, j = tile_of(index // WIDE)
+    i = down * WIDE + index % WIDE
+    total = tl.zeros((SIDE, SIDE * WIDE), dtype=tl.float32)
+    for start in range(0, inner, INNER):
+        x = block_of(left, batch, i * SIDE, start, SIDE, INNER, LEFT_ROWS)
+        y = block_of(right, batch, j * SIDE * WIDE, start, SIDE * WIDE, INNER, RIGHT_ROWS)
+        total = dotted(x, tl.trans(y), total)
+    if WIDE == 1:
+        store_tile(total, base, out, numbers, batch.to(tl.int64), i, j, size, DTYPE, SIDE)
+    else:
+        first, second = tl.split(tl.permute(tl.reshape(total, (SIDE, 2, SIDE)), (0, 2, 1)))
+        if 2 * j <= i:
+            store_tile(first, base, out, numbers, batch.to(tl.int64), i, 2 * j, size, DTYPE, SIDE)
+        if 2 * j + 1 <= i:
+            store_tile(second, base, out, numbers, batch.to(tl.int64), i, 2 * j + 1, size, DTYPE, SIDE)
+
+
+@triton.jit
+def block_of(operand, batch, row, start, ROWS: tl.constexpr, INNER: tl.constexpr, BY_ROWS: tl.constexpr):
+    """(ROWS, INNER) of a described operand, which lies in memory by rows or by columns."""
+    if BY_ROWS:
+        block = tl.reshape(operand.load([batch, row, start]), (ROWS, INNER))
+    else:
+        block = tl.trans(tl.reshape(operand.load([batch, start, row]), (INNER, ROWS)))
+    return block
+
+
+@triton.jit
+def store_tile(total, base, out, numbers, batch, i, j, size, DTYPE: tl.constexpr, SIDE: tl.constexpr):
+    """α times a tile of sums and β times the base, where it belongs and at the mirrored place."""
+    row = i * SIDE + tl.arange(0, SIDE)
+    column = j * SIDE + tl.arange(0, SIDE)
     found = total * tl.load(numbers + 1).to(tl.float32)
     whole = batch * size * size
     inside = (row < size)[:, None] & (column < size)[None, :]

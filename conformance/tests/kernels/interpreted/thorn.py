@@ -13,6 +13,7 @@ from trysquare.kernels._polar_choices import Tile
 from trysquare.thorn import THORN
 
 TILE = Tile(16, 16, 4, 1)
+TILES = [TILE, TILE._replace(wide=1), TILE._replace(wide=2)]
 
 
 def integers(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -21,15 +22,18 @@ def integers(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tenso
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 24, 40), (2, 33, 17), (1, 1, 5)])
-def test_products_are_exact_where_nothing_is_rounded(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shape", [(1, 24, 40), (2, 72, 32), (2, 33, 17), (1, 1, 5)])
+@pytest.mark.parametrize("tile", TILES)
+def test_products_are_exact_where_nothing_is_rounded(
+    tile: Tile, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
     x = integers(shape, dtype)
     tall = x.mT.contiguous().mT
     gram = x.double() @ x.double().mT
     for own in (x, tall):
-        assert torch.equal(polar.symmetric_product(own, own, TILE), gram.to(dtype))
+        assert torch.equal(polar.symmetric_product(own, own, tile), gram.to(dtype))
         base = gram.to(dtype)
-        found = polar.symmetric_product(own, own, TILE, base, 2.0, -0.5)
+        found = polar.symmetric_product(own, own, tile, base, 2.0, -0.5)
         assert torch.equal(found, (2 * base.double() - 0.5 * gram).to(dtype))
         q = integers((shape[0], shape[1], shape[1]), dtype, 1)
         multiplied = polar.product(q, own, TILE, 3.0)
@@ -37,10 +41,11 @@ def test_products_are_exact_where_nothing_is_rounded(shape: tuple[int, int, int]
         assert multiplied.stride() == own.stride()
 
 
-def test_a_symmetric_product_is_symmetric_bit_for_bit() -> None:
+@pytest.mark.parametrize("tile", TILES)
+def test_a_symmetric_product_is_symmetric_bit_for_bit(tile: Tile) -> None:
     a = torch.randn(2, 40, 40, generator=torch.Generator().manual_seed(0))
     left = a + a.mT
-    product = polar.symmetric_product(left, left @ left, TILE)
+    product = polar.symmetric_product(left, left @ left, tile)
     assert torch.equal(product, product.mT)
 
 
