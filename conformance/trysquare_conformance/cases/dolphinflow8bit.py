@@ -50,6 +50,7 @@ SMALL_WORKSPACE = 1 << 15
 CODED: Shapes = ((64, 64),)
 RAGGED: Shapes = ((67, 71), (4097,))
 WHOLE_BLOCKS: Shapes = ((10, 768),)
+LONG_ROWS: Shapes = ((3, 1280), (2, 2048))
 ROW: Shapes = ((1, 5000),)
 COLUMN: Shapes = ((5000, 1),)
 SEVERAL: Shapes = ((64, 64), (12, 10), (64, 64), (7,), (4100,), (0, 3), (12, 10))
@@ -57,15 +58,16 @@ SHAPES: tuple[Shapes, ...] = (
     PLACE["shapes"],
     RAGGED,
     WHOLE_BLOCKS,
+    LONG_ROWS,
     ROW,
     ((7, 3, 41, 9),),
     ((63, 65), (64, 64)),
     ((40, 24), (), (0, 5)),
     SEVERAL,
 )
-"""Rows shorter than a block, primes and a short last block, rows of whole blocks, one row, a convolution, either side
-of 4,096 elements, nothing that is coded, many. Not one column: what its projection leaves is nothing but rounding, and
-codes of it, relative to the largest of these errors, say nothing."""
+"""Rows shorter than a block, primes and a short last block, rows of whole blocks, few or many, one row, a convolution,
+either side of 4,096 elements, nothing that is coded, many. Not one column: what its projection leaves is nothing but
+rounding, and codes of it, relative to the largest of these errors, say nothing."""
 
 DTYPES, LAYOUTS = tuple(SHORT_DTYPES), tuple(inputs.LAYOUTS)
 POLICIES = ("propagate", "skip", "raise")
@@ -162,6 +164,7 @@ def _quick_interpreted(core: Choice) -> Iterator[Choice]:
     yield from ({**core, "dtype": dtype} for dtype in ("bfloat16", "float64"))
     yield {**core, "shapes": RAGGED, "workspace_bytes": SMALL_WORKSPACE, "weight_decay": 0.5}
     yield {**core, "shapes": WHOLE_BLOCKS, "workspace_bytes": SMALL_WORKSPACE}
+    yield {**core, "shapes": LONG_ROWS}
     yield {**core, "shapes": ((7, 3, 41, 9),), "layout": "transposed", "workspace_bytes": SMALL_WORKSPACE}
     yield {"shapes": SEVERAL, "second_group": SECOND_GROUP, "gradient_clipping": 0.05, "steps": 2}
 

@@ -20,12 +20,12 @@ def _moment_faults() -> list[Fault]:
     planter = Planter("dolphinflow8bit")
     plant = partial(planter, lanes=INTERPRETER)
 
-    @plant(kernels, "first_moment")
+    @plant(kernels, "rates_of")
     def kernel_sums_the_first_moment(f: Any) -> Any:
         """β₁·m + g where a mean belongs, and the reverse."""
-        return lambda m, g, numbers, dtype, adaptive: f(m, g, numbers, dtype, not adaptive)
+        return lambda numbers, dtype, adaptive: f(numbers, dtype, not adaptive)
 
-    @plant(kernels, "average_square")
+    @plant(kernels, "second_moment")
     def kernel_forgets_the_second_moment(f: Any) -> Any:
         """(1 − β₂)·g²."""
         return lambda v, *rest: f(v * 0.0, *rest)
@@ -65,12 +65,17 @@ def _projection_faults() -> list[Fault]:
     @plant(kernels, "sum_of_rows")
     def kernel_projects_each_block(_: Any) -> Any:
         """A row's products are those of one block."""
-        return lambda x, *_: tl.sum(x, axis=1, keep_dims=True)
+        return lambda x, *_: tl.sum(x, axis=0, keep_dims=True)
+
+    @plant(kernels, "row_coefficient")
+    def kernel_projects_by_the_first_row(f: Any) -> Any:
+        """Long rows all have the coefficient of the first."""
+        return lambda w, g, row, *rest: f(w, g, row * 0, *rest)
 
     @plant(kernels, "row_of")
     def kernel_takes_a_block_for_a_row(_: Any) -> Any:
         """All of a block has the coefficient of its first element."""
-        return lambda first, period, _: first // period + 0 * tl.arange(0, 256)[None, :]
+        return lambda first, period, _: first // period + 0 * tl.arange(0, 256)[:, None]
 
     return planter.faults
 
@@ -87,12 +92,7 @@ def _weight_faults() -> list[Fault]:
     @plant(kernels, "stepped")
     def kernel_decays_after_the_update(_: Any) -> Any:
         """(θ − ηu)(1 − ηλ)."""
-
-        def stepped(w: Any, u: Any, numbers: Any, dtype: Any) -> Any:
-            lr = tl.load(numbers)
-            return (w - u * lr.to(dtype)) * (1.0 - lr * tl.load(numbers + 1)).to(dtype)
-
-        return stepped
+        return lambda w, u, decay, lr: (w - u * lr) * decay
 
     @plant(kernels, "clipped")
     def kernel_does_not_clip(f: Any) -> Any:
@@ -130,23 +130,18 @@ def _scale_faults() -> list[Fault]:
     def kernel_scales_by_what_lies_behind(_: Any) -> Any:
         """What is loaded behind the end of a short block counts for its scale."""
 
-        def store(
-            x: Any, table: Any, member: Any, count: Any, first: int, places: Any, scales: Any, here: Any, *rest: Any
-        ) -> None:
-            inside, finite, signed, aligned = rest
-            absmax = blockwise8bit.block_absmax(tl.where(here, x, 4.0))
-            bounds = _arithmetic.address(table, member, count, first + 3, tl.float32, aligned)
-            codes = _arithmetic.address(table, member, count, first, tl.uint8, aligned) + places
-            tl.store(codes, blockwise8bit.coded(x, absmax, bounds, signed), mask=_arithmetic.moved(here, finite))
-            own = _arithmetic.address(table, member, count, first + 1, tl.float32, aligned) + scales
-            tl.store(own, absmax, mask=_arithmetic.moved(inside, finite))
+        def store(x: Any, codes: Any, absmax: Any, bounds: Any, here: Any, *rest: Any) -> None:
+            inside, finite, signed = rest
+            largest = blockwise8bit.block_absmax(tl.where(here, x, 4.0))
+            tl.store(codes, blockwise8bit.coded(x, largest, bounds, signed), mask=_arithmetic.moved(here, finite))
+            tl.store(absmax, largest, mask=_arithmetic.moved(inside, finite))
 
         return store
 
     @plant(kernels, "block_absmax")
     def kernel_scales_by_half_a_block(f: Any) -> Any:
         """The scale of the first 128 elements."""
-        return lambda x: f(tl.where(tl.arange(0, 256)[None, :] < 128, x, 0.0))
+        return lambda x: f(tl.where(tl.arange(0, 256)[:, None] < 128, x, 0.0))
 
     return planter.faults
 
@@ -221,7 +216,7 @@ def _format_faults() -> list[Fault]:
     @plant(kernels, "block_absmax")
     def kernel_takes_the_largest_value(_: Any) -> Any:
         """The largest value of a block, not the largest magnitude."""
-        return lambda x: tl.max(x, axis=1, keep_dims=True)
+        return lambda x: tl.max(x, axis=0, keep_dims=True)
 
     @plant(kernels, "decoded")
     def kernel_decodes_without_scale(_: Any) -> Any:
