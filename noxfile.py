@@ -28,7 +28,7 @@ SOURCES = ("reference", "fast", "conformance")
 # both go into a folder of their own, without what they depend on.
 ORACLES = {"dolphinflow": "dolphinflow==0.2.0", "bitsandbytes": "bitsandbytes==0.50.2"}
 REPORTS = Path("reports")
-OLD_NUMPY = "numpy<2.4"  # Triton 3.2's interpreter takes an array of one element for a number; newer NumPys do not
+OLD_NUMPY = "numpy<2.4"  # Triton's interpreter took an array of one element for a number until 3.7; newer NumPys do not
 SANITIZED = ("*/40x24+24/*/steps=2", "*/300x9/*", "*/2x16500/*", "*/nonfinite=skip/*/nan/*")
 KERNELS = ("triton",) if sys.platform == "linux" else ()  # Triton has wheels for nothing else
 CHECKS: dict[str, tuple[str, ...]] = {"extras": ("verify", *KERNELS), "groups": ("lint", "types", "test")}

@@ -80,8 +80,8 @@ def _compiled_cuda() -> str | None:
 def _triton_interpreter() -> str | None:
     if not importlib.util.find_spec("triton"):
         return "Triton is not installed (pip install 'trysquare[triton]')"
-    if _version("triton") < (3, 3) and _version("numpy") >= (2, 4):
-        return "the interpreter of Triton 3.2 takes an array of one element for a number, which NumPy 2.4 refuses"
+    if _version("triton") < (3, 7) and _version("numpy") >= (2, 4):
+        return "the interpreter of Triton before 3.7 takes an array of one element for a number: install 'numpy<2.4'"
     return None
 
 
