@@ -54,7 +54,7 @@ class _StableMax(Function):
     def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.dim = dim
-        return _backend.run("eager", ops.stablemax, x, dim)  # type: ignore[no-any-return]
+        return _as_output(_backend.run("eager", ops.stablemax, x, dim))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
@@ -68,7 +68,7 @@ class _LogStableMax(Function):
     def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.dim = dim
-        return _backend.run("eager", ops.log_stablemax, x, dim)  # type: ignore[no-any-return]
+        return _as_output(_backend.run("eager", ops.log_stablemax, x, dim))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
@@ -100,7 +100,7 @@ class _IndexLosses(Function):
             losses = (1 - label_smoothing) * losses + label_smoothing / x.shape[1] * of_all
         ctx.save_for_backward(x, target, weight, normalizer)
         ctx.settings = ignore_index, label_smoothing, dtype
-        return losses.masked_fill_(ignored, 0)
+        return _as_output(losses.masked_fill_(ignored, 0))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -165,7 +165,7 @@ class _ProbabilityLosses(Function):
         losses = Blockwise(ops.probability_losses, [x, target], [normalizer], [w, label_smoothing], dtype)
         ctx.save_for_backward(x, target, weight, normalizer)
         ctx.settings = label_smoothing, dtype
-        return losses.per_position()
+        return _as_output(losses.per_position())
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -185,6 +185,16 @@ class _ProbabilityLosses(Function):
             None,
             None,
         )
+
+
+def _as_output(result: Tensor) -> Tensor:
+    """What a forward pass returns: under a compiler a tensor that nothing has written to in place.
+
+    torch.compile makes outputs of the tensors between, too. One that was written in place comes out twice then, and
+    torch 2.11 hands its gradient to the wrong one: that of the logits became 0 (pytorch/pytorch#180642). The copy is
+    fused away.
+    """
+    return result.clone() if torch.compiler.is_compiling() else result
 
 
 def _wants_second_derivative() -> bool:

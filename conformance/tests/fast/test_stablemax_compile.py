@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trysquare import DolphinFlow, log_stablemax, stablemax, stablemax_cross_entropy
 from trysquare_conformance.budget import judge, measure
@@ -68,6 +69,43 @@ def test_everything_traces_forwards_and_backwards_without_a_break(call: Callable
     assert torch.equal(found, expected)
     assert torch.equal(*(torch.autograd.grad(result.sum(), x)[0] for result in (found, expected)))
     assert counter.frame_count == 1
+
+
+class InPlace(TorchDispatchMode):
+    """Keeps every tensor that an operation writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called for every operation."""
+        if func._schema.is_mutable:
+            self.written.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: stablemax(x, 1),
+        lambda x: log_stablemax(x, 1),
+        lambda x: stablemax_cross_entropy(x, torch.arange(4), reduction="none"),
+        lambda x: stablemax_cross_entropy(x, torch.arange(4), x[0].exp(), reduction="none", label_smoothing=0.1),
+        lambda x: stablemax_cross_entropy(x, x.exp(), reduction="none"),
+        lambda x: stablemax_cross_entropy(x, x.exp(), x[0].exp(), reduction="none", label_smoothing=0.1),
+    ],
+    ids=["stablemax", "log_stablemax", "index", "index, everything", "probabilities", "probabilities, everything"],
+)
+def test_a_compiler_gets_no_output_that_was_written_in_place(
+    call: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch 2.11 makes the gradient of one 0."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with InPlace() as seen:
+        output = call(torch.randn(4, 6))
+    assert seen.written
+    assert output.data_ptr() not in {tensor.data_ptr() for tensor in seen.written}
 
 
 def test_autocast_is_seen_by_the_compiler() -> None:
