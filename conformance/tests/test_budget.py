@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from trysquare_conformance.budget import (
 )
 from trysquare_conformance.noise import BFLOAT16, FLOAT32, FLOAT64, Arithmetic
 from trysquare_conformance.noisy import Noisy, wrapper
-from trysquare_reference import dolphinflow
+from trysquare_reference import dolphinflow, moments
 from trysquare_reference.dolphinflow import Hyperparameters, State
 
 Outputs = dict[str, Array]
@@ -97,8 +98,12 @@ def reference(p: Problem, wrap: Wrap) -> Outputs:
 
 
 def in_numpy(p: Problem, dtype: Any = np.float32) -> Outputs:
-    """The page again, in NumPy's own lower precision. (Without clipping, whose float64 scale would spread.)"""
-    with np.errstate(all="ignore"):
+    """The page again, in NumPy's own lower precision. (Without clipping, whose float64 scale would spread.)
+
+    So would the weight of a mean, which is a Python number here: that takes the precision of what it meets.
+    """
+    corrected = patch.object(moments, "bias_corrected", lambda mean, beta, step: mean / (1 - beta**step))
+    with corrected, np.errstate(all="ignore"):
         outputs = reference(p, lambda x: x.astype(dtype))
     return {name: np.asarray(x, dtype=np.float64) for name, x in outputs.items()}
 

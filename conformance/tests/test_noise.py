@@ -176,6 +176,15 @@ def test_float64_asked_for_by_name_is_float64_in_every_arithmetic() -> None:
         np.square(x, dtype=np.float32)
 
 
+def test_a_number_like_an_array_is_exact_until_something_is_computed_with_it() -> None:
+    x = source(BFLOAT16)(gaussian(3))
+    number = np.full_like(x, 0.999, shape=())
+    assert drawn(number) == 0.999
+    assert 0 < np.abs(relative(np.power(number, 2, dtype=np.float64), 0.999**2)) <= 2 * FLOAT64.elementwise * 1.01
+    with pytest.raises(TypeError, match="float32"):
+        np.full_like(x, 0.999, dtype=np.float32)
+
+
 def test_results_outside_the_range_overflow_and_underflow() -> None:
     with np.errstate(all="ignore"):
         squares = drawn(np.square(source()(np.array([1e25, -1e19, 1e-30, 0.0, np.nan]))))

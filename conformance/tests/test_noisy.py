@@ -57,6 +57,7 @@ MOVES: dict[str, Callable[..., Any]] = {
     "spread": lambda wrap: np.broadcast_to(wrap(ROW), (3, 3)),
     "wider": lambda wrap: np.expand_dims(wrap(MATRIX), 1),
     "like it": lambda wrap: np.zeros_like(wrap(MATRIX), shape=(3, 1)) + wrap(ROW),
+    "a number like it": lambda wrap: np.full_like(wrap(MATRIX), 0.7, shape=()) * wrap(MATRIX),
     "looked up": lambda wrap: np.searchsorted(np.array([-1.0, 0.0, 1.0]), wrap(MATRIX)),
     "copied": lambda wrap: wrap(MATRIX).copy(),
     "added up by Python": lambda wrap: sum(wrap(MATRIX)),

@@ -116,6 +116,7 @@ CALLS: dict[str, Callable[[Wrap], Any]] = {
     "moments.nesterov": lambda wrap: moments.nesterov(wrap(X), wrap(W), 0.9),
     "moments.second_moment": lambda wrap: moments.second_moment(wrap(X * X), wrap(W), 0.99),
     "moments.adapt": lambda wrap: [moments.adapt(wrap(X), wrap(W * W), 3, 0.99, 1e-8, b) for b in (True, False)],
+    "moments.bias_corrected": lambda wrap: [moments.bias_corrected(wrap(X), beta, 2) for beta in (0.95, 0.0)],
     "polar.newton_schulz": lambda wrap: [polar.newton_schulz(wrap(x), 5, 1e-8) for x in (X, X.T, X.reshape(2, 2, 3))],
     "decay.decoupled_decay": lambda wrap: decay.decoupled_decay(wrap(X), 0.1, 0.1),
     "decay.cautious_decay": lambda wrap: decay.cautious_decay(wrap(X), wrap(W), 0.1),

@@ -23,6 +23,10 @@ What is modelled:
   draw, so that equal entries get equal errors, as they do in a machine. (Independent errors would average out over a
   constant tensor, and no honest code could keep to the budget.)
 - **Wide results**: `dtype=np.float64` in a reference page means float64 in every precision, and is simulated as such.
+- **Numbers computed on the way** err if a page computes them as 0-dimensional arrays like its input; as Python numbers
+  they would be constants. For 1 − βᵗ that would be too little in float64, which holds what is left after cancellation
+  exactly, though βᵗ itself was rounded: pow(β, t) and exp2(t·log₂β) may be a few units apart, and the weight then
+  βᵗ/(1 − βᵗ) times as many, which every entry of a tensor that is divided by it has in common.
 """
 
 import math

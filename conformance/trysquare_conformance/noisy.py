@@ -258,6 +258,12 @@ def _zeros_like(source: Source, x: Any, shape: tuple[int, ...] | None = None) ->
     return np.zeros((source.draws, *(x.shape if shape is None else shape)))
 
 
+def _full_like(source: Source, x: Any, value: float, shape: tuple[int, ...] | None = None, dtype: Any = None) -> Plain:
+    """The number itself in every draw: unlike a constant it is not rounded."""
+    _arithmetic_of(dtype)
+    return np.full((source.draws, *(x.shape if shape is None else shape)), value, dtype=DOUBLE)
+
+
 def _searchsorted(_: Source, steps: Plain, x: Any, side: Any = "left") -> Plain:
     if isinstance(steps, Noisy):
         raise TypeError("np.searchsorted among noisy steps would take others in each draw")
@@ -271,6 +277,7 @@ _MOVES: dict[Any, Callable[..., Plain]] = {
     np.broadcast_to: _broadcast_to,
     np.expand_dims: _expand_dims,
     np.zeros_like: _zeros_like,
+    np.full_like: _full_like,
     np.searchsorted: _searchsorted,
 }
 

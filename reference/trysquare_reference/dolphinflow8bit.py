@@ -70,7 +70,7 @@ from trysquare_reference._array import Array, quiet
 from trysquare_reference.blockwise8bit import dequantize, dynamic_map, quantize
 from trysquare_reference.clipping import clip_scale
 from trysquare_reference.decay import decoupled_decay
-from trysquare_reference.moments import second_moment
+from trysquare_reference.moments import adapt, bias_corrected, second_moment
 from trysquare_reference.polar import newton_schulz
 from trysquare_reference.projection import project_rows
 
@@ -182,7 +182,7 @@ def _step_one(theta: Array, g: Array, state: State, hp: Hyperparameters, lr: flo
     u = moments[0]
     if hp.adaptive_lr:
         m, v = moments
-        u = (m / (1 - hp.momentum**t)) / (np.sqrt(v / (1 - hp.beta2**t)) + hp.eps)
+        u = adapt(bias_corrected(m, hp.momentum, t), v, t, hp.beta2, hp.eps, bias_correction=True)
     new: State = {**state, "step": t}
     for i, moment in enumerate(moments, 1):
         new |= _stored_as_before(moment, state, i)

@@ -23,7 +23,7 @@ $$ v \leftarrow \beta_2 v + (1 - \beta_2)\,g^2, \qquad
 | $g$ | `g` | gradient |
 | $u$ | `u` | update |
 | $\mu$ | `momentum` | in [0, 1) |
-| $\beta_2$ | `beta2` | in [0, 1) |
+| $\beta_2$ | `beta2` | in [0, 1); `beta` where it may be that of another mean |
 | $\varepsilon$ | `eps` | outside the root, positive |
 | $t$ | `step` | number of this step, from 1 |
 
@@ -34,6 +34,8 @@ $$ v \leftarrow \beta_2 v + (1 - \beta_2)\,g^2, \qquad
   the steady state for $\mu = 0.9$.
 - Only $v$ is corrected for its bias. The first update is $1.9\,\mathrm{sign}(g)$; the published package corrects
   nothing and starts with $19\,\mathrm{sign}(g)$ (`bias_correction=False`).
+- $\beta^t$ is taken in float64 whatever the precision of the mean (`dtype=np.float64` below says so also when this page
+  runs in simulated float32): with $\beta_2 = 0.999$ as float32 holds it, $1 - \beta_2$ is off by $10^{-5}$ already.
 
 ## References
 
@@ -86,6 +88,24 @@ def second_moment(v: Array, g: Array, beta2: float) -> Array:
     return beta2 * v + (1 - beta2) * np.square(g)
 
 
+def bias_corrected(mean: Array, beta: float, step: int) -> Array:
+    r"""Return a running mean that began at zero over the weight of its gradients, $1 - \beta^t$.
+
+    Args:
+        mean: A moment after this step.
+        beta: $\beta$ of this mean.
+        step: $t$, from 1.
+
+    Examples:
+        >>> bias_corrected(np.array([7.0]), beta=0.5, step=3)
+        array([8.])
+    """
+    # a 0-dimensional array like the mean, not a Python number: in simulated precision the power then errs too
+    power = np.power(np.full_like(mean, beta, shape=(), dtype=np.float64), step, dtype=np.float64)
+    corrected: Array = mean / (1 - power)
+    return corrected
+
+
 def adapt(u: Array, v: Array, step: int, beta2: float, eps: float, bias_correction: bool) -> Array:
     r"""Return the update with every entry divided by the root of its second moment.
 
@@ -101,5 +121,5 @@ def adapt(u: Array, v: Array, step: int, beta2: float, eps: float, bias_correcti
         >>> adapt(np.array([3.0]), np.array([4.0]), step=1, beta2=0.75, eps=0.5, bias_correction=False)
         array([1.2])
     """
-    v_hat = v / (1 - beta2**step) if bias_correction else v
+    v_hat = bias_corrected(v, beta2, step) if bias_correction else v
     return u / (np.sqrt(v_hat) + eps)

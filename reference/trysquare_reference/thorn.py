@@ -101,7 +101,7 @@ import numpy as np
 from trysquare_reference import polar_express, schedule_free
 from trysquare_reference._array import Array, as_matrix, quiet
 from trysquare_reference.decay import cautious_decay
-from trysquare_reference.moments import adapt, nesterov, second_moment
+from trysquare_reference.moments import adapt, bias_corrected, nesterov, second_moment
 from trysquare_reference.polar import polar_factor
 from trysquare_reference.rectification import rectification
 from trysquare_reference.row_norm import normalize_rows
@@ -254,7 +254,7 @@ def accumulate(g: Array, state: State, hp: Hyperparameters) -> tuple[Array, Stat
     new: State = {**state, "step": n, "exp_avg_sq": v}
     if not hp.schedule_free:
         new["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * g
-        g = new["exp_avg"] / (1 - beta1**n)
+        g = bias_corrected(new["exp_avg"], beta1, n)
     u = adapt(g, v, n, beta2, hp.eps, bias_correction=True)
     if hp.update_rate > 1:
         u = new["update_sum"] = state["update_sum"] + u / hp.update_rate
