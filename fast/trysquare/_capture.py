@@ -142,8 +142,9 @@ class CapturedStep:
                 with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                     self.optimizer.step()
             except Exception as error:
+                because = str(error).partition("\n")[0]  # CUDA's go on for a paragraph
                 raise RuntimeError(
-                    f"a step of {type(self.optimizer).__name__} could not be captured into a CUDA graph: {error}; "
+                    f"a step of {type(self.optimizer).__name__} could not be captured into a CUDA graph: {because}; "
                     "nothing was changed. optimizer.step() does the same without a graph"
                 ) from error
             finally:
@@ -156,9 +157,8 @@ class CapturedStep:
         self._load()
         if self._graph is not None:
             self._graph.replay()
-        for parameter in with_gradient(self.optimizer):
-            # so that a backward pass through the values before it fails, as after any step
-            torch.autograd.graph.increment_version(parameter)
+        # so that a backward pass through the values before it fails, as after any step
+        torch.autograd.graph.increment_version(with_gradient(self.optimizer))
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # noqa: SLF001 (what schedulers look at)
 
     def _drop_gradients(self) -> None:

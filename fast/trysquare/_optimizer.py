@@ -213,7 +213,14 @@ class BatchedOptimizer(Norms):
         if batches:
             self._rehearse(batches, self._move)
             self._move(batches)
+            self._tell_autograd(batches)
         return loss
+
+    def _tell_autograd(self, batches: Sequence[Batch]) -> None:
+        """Count what kernels wrote, as torch counts its own: a backward pass through the values before then fails."""
+        written = [parameter for batch in batches if self._launches(batch) for parameter in batch.parameters]
+        if written:
+            torch.autograd.graph.increment_version(written)
 
     def _rehearse(self, batches: Sequence[Batch], move: Callable[[Sequence[Batch]], None]) -> None:
         """Compile the kernels of batches of a new kind: one that cannot be compiled fails before anything moves."""

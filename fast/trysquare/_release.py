@@ -226,6 +226,7 @@ class Release(Steps):
         if parameter.numel():
             with _scratch.kept():
                 self._micro_step(batch)
+        self._tell_autograd([batch])
         parameter.grad = None
         self._opt_called = True  # what torch's schedulers look at to see that the optimizer has stepped
 

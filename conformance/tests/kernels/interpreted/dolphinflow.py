@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from trysquare import DolphinFlow, _backend, kernels
+from trysquare import THORN, DolphinFlow, DolphinFlow8bit, _backend, kernels
 from trysquare.kernels import _arithmetic, _launch
 from trysquare.kernels import dolphinflow as launchers
 from trysquare_conformance.budget import assert_same
@@ -188,3 +188,24 @@ def test_what_is_recorded_does_not_run() -> None:
         DolphinFlow([parameter], backend="triton").step()
     assert "_update_rows" in {launch.kernel.__name__ for launch in launches}
     assert torch.equal(parameter, torch.ones(3, 4))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: DolphinFlow([p], backend="triton"),
+        lambda p: DolphinFlow8bit([p], backend="triton"),
+        lambda p: THORN([{"params": [p], "orthogonalize": True}], backend="triton"),
+        lambda p: THORN([{"params": [p], "orthogonalize": False}], backend="triton"),
+    ],
+    ids=["DolphinFlow", "DolphinFlow8bit", "THORN, matrix", "THORN, averaged"],
+)
+def test_a_backward_pass_through_old_values_fails(make: Callable[[torch.nn.Parameter], Any]) -> None:
+    """Autograd sees what kernels wrote."""
+    parameter = torch.nn.Parameter(torch.ones(4, 6))
+    optimizer = make(parameter)
+    loss = (parameter * parameter).sum()
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
