@@ -1,8 +1,8 @@
-"""`python -m benchmarks [NAME]`: cpu (the default), gpu, eightbit, thorn; demo, text, digits, training8bit; tables."""
+"""`python -m benchmarks [NAME]`: cpu, gpu, eightbit, thorn; demo, text, digits, training8bit; verified; tables."""
 
 import sys
 
-from benchmarks import cpu, demo, eightbit, tables, thorn
+from benchmarks import cpu, demo, eightbit, tables, thorn, verified
 from benchmarks.gpu import command as gpu
 
 COMMANDS = {
@@ -14,6 +14,7 @@ COMMANDS = {
     "text": demo.text,
     "digits": demo.digits,
     "training8bit": demo.training8bit,
+    "verified": verified.main,
     "tables": tables.main,
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,15 @@ ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "results"
 
 
-def hardware() -> str:
-    """Name this machine as a file name can hold it, such as `amd-epyc-2-cores`."""
-    machine = describe_machine()
+def hardware(machine: Mapping[str, Any]) -> str:
+    """Name a machine as a file name can hold it, such as `amd-epyc-2-cores`."""
     words = machine["gpu"] or f"{machine['cpu']} {machine['cores']} cores"
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
-def path(what: str) -> Path:
-    """Where this machine's result belongs."""
-    return FOLDER / f"{what}-{hardware()}.json"
+def path(what: str, machine: Mapping[str, Any] | None = None) -> Path:
+    """Where the result of a machine belongs; None: of this one."""
+    return FOLDER / f"{what}-{hardware(machine or describe_machine())}.json"
 
 
 def write(target: Path, result: dict[str, Any]) -> None:

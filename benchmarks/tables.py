@@ -132,6 +132,17 @@ def eight(result: dict[str, Any]) -> str:
     return f"{steps}\n{bars}\n{note}"
 
 
+def verified(result: dict[str, Any]) -> str:
+    """What was right where."""
+    rows = [[row["lane"], row["algorithm"], f"{row['cases']:,}", f"{row['right']:,}", f"{row['margin']:.2f}"]
+            for row in result["rows"]]  # fmt: skip
+    table = markdown(("lane", "", "cases", "right", "worst margin"), rows, 3)
+    machine = result["machine"]
+    named = ", ".join([machine["gpu"] or machine["cpu"], f"torch {machine['torch']}", f"Triton {machine['triton']}"])
+    day = result["started"][:10]
+    return f"{table}\nTier {result['tier']}, on {day}, commit {result['commit']}. {named}: `{result['command']}`.\n"
+
+
 def gpu(result: dict[str, Any]) -> str:
     """What was to be reached."""
     note = f"Ratios within {result['rounds']} interleaved rounds. " if result["works"] else ""
@@ -177,6 +188,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "text": comparison,
     "digits": comparison,
     "training8bit": training8bit,
+    "verified": verified,
     "gpu": gpu,
     "gpu_rows": gpu_rows,
 }

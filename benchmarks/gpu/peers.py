@@ -34,10 +34,10 @@ class Peer:
         return None if found else f"not installed: pip install {self.install}"
 
     def version(self) -> str | None:
-        try:
-            return importlib.metadata.version(self.module.replace("_", "-"))
-        except importlib.metadata.PackageNotFoundError:
-            return None
+        """Of what is installed, or lies in a folder of oracles."""
+        name, folders = self.module.replace("_", "-"), [*sys.path, *map(str, originals.folders())]
+        found = importlib.metadata.Distribution.discover(name=name, path=folders)
+        return next((distribution.version for distribution in found), None)
 
 
 BITSANDBYTES = Peer("bitsandbytes", "bitsandbytes==0.50.2", ("bitsandbytes==0.50.2",), ("packaging",))
