@@ -51,6 +51,8 @@ def _products(polar: Any) -> None:
     plant.add("kernel-mirror-not-transposed", "a tile is mirrored as it is", polar, "transposed", lambda _: _same)
     plant.add("kernel-diagonal-unequal", "tiles on the diagonal are not made equal", polar, "symmetric", _first)
     plant.add("kernel-one-tile", "every program computes the first tile", polar, "tile_of", _always_first)
+    plant.add("kernel-tile-over-tile", "the second of two tiles is stored over the first", polar, "store_tile", _over)
+    plant.add("kernel-first-block", "every described block is the first of its rows", polar, "block_of", _at_start)
     plant.add("kernel-last-terms", "the tail of the sums is left out", polar, "symmetric_product", _without_tail)
     plant.add(
         "kernel-wrong-stride", "a transposed matrix is read as if it were none", polar, "symmetric_product", _flat
@@ -70,6 +72,16 @@ def _same(tile: Any) -> Any:
 
 def _first(_: Any) -> Any:
     return lambda tile, *_: tile
+
+
+def _over(f: Any) -> Any:
+    return lambda total, base, out, numbers, batch, i, j, *rest: f(
+        total, base, out, numbers, batch, i, j - j % 2, *rest
+    )
+
+
+def _at_start(f: Any) -> Any:
+    return lambda operand, batch, row, start, *rest: f(operand, batch, row, start * 0, *rest)
 
 
 def _always_first(f: Any) -> Any:

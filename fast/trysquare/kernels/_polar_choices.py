@@ -67,7 +67,7 @@ OTHERWISE: dict[Product, tuple[Choice, ...]] = {"gram": POINTERS, "square": POIN
 """Elsewhere: pointers, and tiles that take less on-chip memory."""
 
 INTERPRETED_ROWS = 24
-INTERPRETED: dict[Product, Tile] = {"gram": Tile(16, 64, 4, 1, wide=2), "square": Tile(16, 64, 4, 1, wide=1)}
+INTERPRETED: dict[Product, Tile] = {"gram": Tile(16, 32, 4, 1, wide=2), "square": Tile(16, 32, 4, 1, wide=1)}
 INTERPRETED_WIDE = Tile(32, 64, 4, 1)
 """In Triton's interpreter nothing is fast. So that kernels are tested there, by the same choice, both products run by
 them from a few rows on, in float32 too, and on tiles so small that there are several."""
