@@ -22,6 +22,7 @@ nox.options.sessions = ["lint", "types", "tests"]
 ROOT = Path(__file__).parent
 PROJECT = nox.project.load_toml("pyproject.toml")
 SUPPORTED = PROJECT["tool"]["trysquare"]["torch"]
+VERSIONS = [SUPPORTED["oldest"], *SUPPORTED["between"], SUPPORTED["default"]]
 TORCH = os.environ.get("TRYSQUARE_TORCH", SUPPORTED["default"])
 SOURCES = ("reference", "fast", "conformance")
 # What tests compare against. The one has the alias module's import name, the other must not fetch a torch of its own:
@@ -159,10 +160,10 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(reuse_venv=True)
-@nox.parametrize("version", [SUPPORTED["oldest"], SUPPORTED["default"]])
+@nox.parametrize("version", VERSIONS)
 def torch(session: nox.Session, version: str) -> None:
-    """The pytest suite on a real install of the oldest supported and of the default torch."""
-    own = [OLD_NUMPY] if version == SUPPORTED["oldest"] else []
+    """The pytest suite on a real install of the oldest supported torch, of the default, and of one that errs alone."""
+    own = [] if version == SUPPORTED["default"] else [OLD_NUMPY]
     install_pinned(session, version, "-e", ".[verify]", *nox.project.dependency_groups(PROJECT, "test"), *own)
     environment = {"TRYSQUARE_ORACLES": oracles(session), "OMP_NUM_THREADS": "1", **BYTECODE}
     session.run("python", "-m", "pytest", *WORKERS, *session.posargs, env=environment)

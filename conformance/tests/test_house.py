@@ -109,7 +109,7 @@ def test_the_tested_torch_versions_are_the_promised_ones() -> None:
     triton = PROJECT["tool"]["trysquare"]["triton"]
     (promised,) = PROJECT["project"]["dependencies"]
     assert f"{torch['oldest']}.".startswith(f"{promised.removeprefix('torch>=')}.")
-    assert {torch["oldest"], torch["default"]} <= set(triton)
+    assert {torch["oldest"], *torch["between"], torch["default"]} <= set(triton)
     assert triton[torch["oldest"]].startswith(re.findall(r"triton>=([\d.]+)", str(PROJECT["project"]))[0])
 
 

@@ -25,12 +25,13 @@ def sum_of_squares(gradient: Tensor) -> Tensor:
 
 def chunked_sum_of_squares(gradient: Tensor, elements: int) -> Tensor:
     """The same without a float64 copy of the whole gradient: one chunk of so many elements after another."""
-    dtype = wide_dtype(gradient.device)
+    dtype, flat = wide_dtype(gradient.device), gradient.flatten()
+    chunks = [flat] if flat.numel() <= elements else torch.split(flat, max(1, elements))
     sums = []
-    for chunk in torch.split(gradient.flatten(), max(1, elements)):
+    for chunk in chunks:
         wide = chunk.to(dtype)
         sums.append(torch.dot(wide, wide))
-    return torch.stack(sums).sum()
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
 def summed_in_parts(gradient: Tensor) -> Tensor:
