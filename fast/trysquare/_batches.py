@@ -93,7 +93,7 @@ def pieces(operands: Sequence[list[Tensor]], workspace: int, split: Split, snaps
     if count == 1 or STACKED * copied * shape.numel() > workspace or torch.compiler.is_compiling():
         for member in range(count):
             tensors = [operand[member] for operand in operands]
-            dense = all(tensor.is_contiguous() for tensor in tensors)
+            dense = all(map(_in_place, tensors))
             yield from _blocks(tensors, member, workspace // (element if dense else copied), split, dense)
         return
     together = workspace // (copied * shape.numel())
@@ -179,8 +179,20 @@ def _blocks(tensors: list[Tensor], member: int, elements: int, split: Split, den
 def _view(tensors: list[Tensor], member: int, columns: int) -> Piece:
     """Operands of shape (1, R, C): views where the memory allows, else copies that are written back."""
     batches = [tensor.reshape(1, -1, columns) for tensor in tensors]
-    copies = [([t], b) for t, b in zip(tensors[1:], batches[1:], strict=True) if not t.is_contiguous()]
+    if torch.compiler.is_compiling() and not all(map(_in_place, tensors)):
+        batches[1:] = [batch.clone() for batch in batches[1:]]
+    copies = [([t], b) for t, b in zip(tensors[1:], batches[1:], strict=True) if not _in_place(t)]
     return Piece(batches, slice(member, member + 1), copies)
+
+
+def _in_place(tensor: Tensor) -> bool:
+    """Whether an operand may be a view of what is written.
+
+    In a trace not with more than two dimensions: what is done in place to a view ends there as a copy in loops of
+    another shape, and torch 2.11's inductor for a CPU can put that before the last read of the old value
+    (pytorch/pytorch#177631). A copy costs nothing there: the trace has no in-place operations but the last.
+    """
+    return tensor.is_contiguous() and not (tensor.ndim > 2 and torch.compiler.is_compiling())
 
 
 def advance(steps: list[Tensor], finite: Tensor | None) -> None:
