@@ -179,8 +179,8 @@ def _blocks(tensors: list[Tensor], member: int, elements: int, split: Split, den
 def _view(tensors: list[Tensor], member: int, columns: int) -> Piece:
     """Operands of shape (1, R, C): views where the memory allows, else copies that are written back."""
     batches = [tensor.reshape(1, -1, columns) for tensor in tensors]
-    if torch.compiler.is_compiling() and not all(map(_in_place, tensors)):
-        batches[1:] = [batch.clone() for batch in batches[1:]]
+    if torch.compiler.is_compiling():
+        batches[1:] = [b if _in_place(t) else b.clone() for t, b in zip(tensors[1:], batches[1:], strict=True)]
     copies = [([t], b) for t, b in zip(tensors[1:], batches[1:], strict=True) if not _in_place(t)]
     return Piece(batches, slice(member, member + 1), copies)
 

@@ -12,7 +12,7 @@ from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch._inductor.utils import run_and_get_cpp_code
 
-from trysquare import DolphinFlow, _backend
+from trysquare import THORN, DolphinFlow, _backend
 from trysquare_conformance.behaviour import (
     Result,
     all_parameters,
@@ -26,6 +26,7 @@ from trysquare_conformance.behaviour import (
     resumed,
     run,
 )
+from trysquare_conformance.budget import assert_same
 from trysquare_conformance.lanes import LANES
 
 SHAPES = [(4, 3), (2, 3, 2), (3,)]
@@ -127,6 +128,33 @@ def test_every_rule_compiles_and_equals_eager() -> None:
             assert_honest_step(optimizer, group["params"], was, lr=0.01, gradient_clipping=None, **rule)
     assert graphs() == 1
     assert breaks() == {}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: DolphinFlow(params, lr=0.1),
+        lambda params: THORN([{"params": params, "orthogonalize": False, "none_grad": False}], lr=0.1),
+    ],
+    ids=["DolphinFlow", "THORN"],
+)
+def test_a_traced_step_along_transposed_gradients_moves_contiguous_parameters(
+    make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+) -> None:
+    """What is copied for one operand must not take the place of another."""
+    generator = torch.Generator().manual_seed(0)
+    values, gradients = (torch.randn(2, 6, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    stepped = []
+    for traced in (False, True):
+        params = [torch.nn.Parameter(value.clone()) for value in values]
+        for parameter, gradient in zip(params, gradients, strict=True):
+            parameter.grad = gradient.mT.contiguous().mT
+        optimizer = make(params)
+        (compiled(optimizer, backend="eager") if traced else optimizer.step)()
+        stepped.append([parameter.detach() for parameter in params])
+    for eager, through, before in zip(*stepped, values, strict=True):
+        assert_same(through, eager, scale=1.0)
+        assert not torch.equal(through, before)
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])
