@@ -106,6 +106,21 @@ def test_a_result_becomes_both_tables(gpu: ModuleType, tmp_path: Path, monkeypat
     assert "| AdamW | – | 1.00 |" in tables.body("gpu_rows")
 
 
+@pytest.mark.usefixtures("gpu")
+def test_a_verification_is_kept_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, verified = (importlib.import_module(f"benchmarks.{name}") for name in ("tables", "verified"))
+    lane = {"lane": "triton-cuda", "algorithm": "thorn"}
+    results = [{**lane, "status": "right", "margin": 0.25}, {**lane, "status": "wrong", "margin": 3.0}]
+    machine = {"gpu": "A GPU", "torch": "2", "triton": "3"}
+    report = dict.fromkeys(verified.KEPT, "") | {"results": results, "machine": machine, "command": "trysquare"}
+    monkeypatch.setattr(tables.results, "FOLDER", tmp_path)
+    tables.results.write(tmp_path / "report", report)
+    verified.main([str(tmp_path / "report"), "--commit", "abc"])
+    assert (tmp_path / "verified-a-gpu.json").exists()
+    assert "| triton-cuda | thorn | 2 | 1 | 3.00 |" in tables.body("verified")
+    assert "commit abc. A GPU, torch 2, Triton 3: `trysquare`" in tables.body("verified")
+
+
 def measured(milliseconds: float, name: str = "DolphinFlow") -> dict[str, Any]:
     over = {"AdamW(fused=True)": 2.0}
     return {"name": name, "ours": True, "median_ms": milliseconds, "of_bandwidth": 0.9, "over": over}
