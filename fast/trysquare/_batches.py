@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -43,6 +44,18 @@ class Batch(NamedTuple):
     parameters: list[Tensor]
     gradients: list[Tensor]
     state: dict[str, list[Tensor]]
+    dense: bool
+    """Whether all of these tensors are known to be contiguous; within a trace nobody asks."""
+
+
+def batch(
+    group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor], state: dict[str, list[Tensor]]
+) -> Batch:
+    """Members that step together."""
+    if torch.compiler.is_compiling():
+        return Batch(group, parameters, gradients, state, dense=False)
+    tensors = chain(parameters, gradients, *state.values())
+    return Batch(group, parameters, gradients, state, dense=all(tensor.is_contiguous() for tensor in tensors))
 
 
 class Piece(NamedTuple):
@@ -119,9 +132,14 @@ class Members(NamedTuple):
             self.piece.store()
 
 
-def contiguous(operands: Sequence[list[Tensor]], workspace: int, split: Split, most: int) -> Iterator[Members]:
-    """A batch as launches take it: ``most`` contiguous members at once; of others copies, cut to the workspace."""
-    dense = [all(operand[i].is_contiguous() for operand in operands) for i in range(len(operands[0]))]
+def contiguous(
+    operands: Sequence[list[Tensor]], workspace: int, split: Split, most: int, *, known: bool = False
+) -> Iterator[Members]:
+    """A batch as launches take it: ``most`` contiguous members at once; of others copies, cut to the workspace.
+
+    ``known``: that all are contiguous.
+    """
+    dense = [known or all(operand[i].is_contiguous() for operand in operands) for i in range(len(operands[0]))]
     chosen = [i for i, is_dense in enumerate(dense) if is_dense]
     for start in range(0, len(chosen), most):
         part = chosen[start : start + most]

@@ -54,7 +54,8 @@ class CodedLaunches(CodedWindows):
         held = [batch.state[f"state{i}"] for i in _coded_windows.numbered(batch.group)]
         operands = [batch.gradients, batch.parameters, *held]
         workspace, split = self._workspace(numbers.device), _coded_windows.SPLITS[rule.ortho_mode]
-        for part in _batches.contiguous(operands, workspace, split, self._together(batch, rule)):
+        together = self._together(batch, rule)
+        for part in _batches.contiguous(operands, workspace, split, together, known=batch.dense):
             gradients, parameters, *states = part.operands
             steps = [batch.state["step"][i] for i in part.members]
             bucket = kernels.Bucket(parameters, gradients, steps, [kernels.Moment(own) for own in states])
@@ -68,11 +69,7 @@ class CodedLaunches(CodedWindows):
         from trysquare.kernels import dolphinflow8bit as kernels
 
         shape, count = _batches.rows_and_columns(batch.parameters[0].shape), self._together(batch, rule)
-        dense: list[int] = []
-        loose: list[int] = []
-        for i in range(len(batch.parameters)):
-            own = batch.parameters[i], batch.gradients[i], *(tensors[i] for tensors in batch.state.values())
-            (dense if all(tensor.is_contiguous() for tensor in own) else loose).append(i)
+        dense, loose = (list(range(len(batch.parameters))), []) if batch.dense else _parted(batch)
         for start in range(0, len(dense), count):
             bucket = self._bucket(batch, dense[start : start + count])
             kernels.step_(bucket, shape, numbers, scale, finite, rule)
@@ -88,7 +85,8 @@ class CodedLaunches(CodedWindows):
         moments = []
         for i in _coded_windows.numbered(batch.group):
             qmaps = chosen(f"qmap{i}")
-            bounds = [self._boundaries(qmap) for qmap in qmaps]
+            distinct = {id(qmap): self._boundaries(qmap) for qmap in {id(qmap): qmap for qmap in qmaps}.values()}
+            bounds = [distinct[id(qmap)] for qmap in qmaps]
             moments.append(kernels.Moment(chosen(f"state{i}"), chosen(f"absmax{i}"), qmaps, bounds))
         parameters, gradients = ([tensors[i] for i in members] for tensors in (batch.parameters, batch.gradients))
         return kernels.Bucket(parameters, gradients, chosen("step"), moments)
@@ -115,6 +113,15 @@ class CodedLaunches(CodedWindows):
             kernels.update_blocks_(bucket, (1, span.stop - span.start), numbers, scale, finite, False, own)
             for window in windows:
                 window.store()
+
+
+def _parted(batch: Batch) -> tuple[list[int], list[int]]:
+    """The members that are contiguous, with all that belongs to them, and the others."""
+    tensors = batch.parameters, batch.gradients, *batch.state.values()
+    parts: tuple[list[int], list[int]] = [], []
+    for i, own in enumerate(zip(*tensors, strict=True)):
+        parts[not all(tensor.is_contiguous() for tensor in own)].append(i)
+    return parts
 
 
 def _window(member: kernels.Bucket, gradient: Tensor, span: Span) -> tuple[list[Window], kernels.Bucket]:

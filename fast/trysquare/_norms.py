@@ -59,7 +59,8 @@ class Norms(Optimizer):
         """The gradients of a batch as lists of contiguous tensors of one shape."""
         most = len(batch.gradients)
         workspace = self._workspace(batch.gradients[0].device)
-        return (part.operands[0] for part in _batches.contiguous([batch.gradients], workspace, "rows", most))
+        parts = _batches.contiguous([batch.gradients], workspace, "rows", most, known=batch.dense)
+        return (part.operands[0] for part in parts)
 
     def _length(self, gradients: Iterable[Tensor]) -> Tensor:
         return clipping.total_norm([self._sum_of_squares(gradient) for gradient in gradients])

@@ -19,8 +19,10 @@ from trysquare._batches import Batch
 from trysquare._constraints import Constraint
 from trysquare._explain import Explanation, ParameterPlan
 from trysquare._norms import Norms
+from trysquare._rolls import SETTINGS, Roll
 
 Group = dict[str, Any]
+
 
 class Entry(NamedTuple):
     """Shape and dtype of one state tensor."""
@@ -71,7 +73,7 @@ class BatchedOptimizer(Norms):
         self.nonfinite = nonfinite
         self.workspace_bytes = workspace_bytes
         self.backend = backend
-        self._plans: dict[int, tuple[Any, list[int]]] = {}
+        self._rolls: dict[int, Roll] = {}
         self._rehearsed: set[Any] = set()
         _parameters.check_iterable(params)
         super().__init__(params, defaults)
@@ -82,7 +84,10 @@ class BatchedOptimizer(Norms):
 
     @abstractmethod
     def _layout(self, group: Group, parameter: Tensor) -> dict[str, Entry]:
-        """The state tensors of a parameter, by name; one of them is ``step``. They start as zeros."""
+        """The state tensors of a parameter, by name; one of them is ``step``. They start as zeros.
+
+        They follow from the parameter and from what of the group is neither a float nor a tensor (`_rolls.SETTINGS`).
+        """
 
     @abstractmethod
     def _move(self, batches: Sequence[Batch]) -> None:
@@ -141,7 +146,14 @@ class BatchedOptimizer(Norms):
         self._check_group(group, where)
 
     def _check_gradients(self) -> None:
+        self._rolls = {
+            id(group): self._rolls[id(group)]
+            for group in self.param_groups
+            if id(group) in self._rolls and self._rolls[id(group)].holds(group, self.state)
+        }
         for index, group in enumerate(self.param_groups):
+            if id(group) in self._rolls:
+                continue
             layout_of, known = self._layouts(group), set[torch.device]()
             for position, parameter in enumerate(group["params"]):
                 gradient = parameter.grad
@@ -235,20 +247,23 @@ class BatchedOptimizer(Norms):
         self._rehearsed |= new
 
     def _batches(self, group: Group, traced: bool) -> list[Batch]:
-        positions: list[int] = []
+        known = None if traced else self._rolls.get(id(group))
+        if known is not None:
+            return known.batches()
         held: list[str] = []
         parameters: list[Tensor] = []
         gradients: list[Tensor] = []
         states: list[list[Tensor]] = [[] for _ in self._entries]
-        self._init_group(group, traced, positions, held, parameters, gradients, *states)
-        if traced:
-            return [self._batch(group, [i], held, parameters, gradients, states) for i in range(len(parameters))]
-        together: dict[int, list[int]] = {}
-        bucket_of = self._plan(group)
-        for i, position in enumerate(positions):
-            together.setdefault(bucket_of[position], []).append(i)
+        self._init_group(group, traced, held, parameters, gradients, *states)
         everything = held, parameters, gradients, states
-        return [self._batch(group, members, *everything) for members in together.values()]
+        if traced:
+            return [self._batch(group, [i], *everything) for i in range(len(parameters))]
+        together: dict[Any, list[int]] = {}
+        for i, parameter in enumerate(parameters):
+            together.setdefault(_batches.same_kind(parameter), []).append(i)
+        batches = [self._batch(group, members, *everything) for members in together.values()]
+        self._rolls[id(group)] = Roll(group, self.state, batches)
+        return batches
 
     def _batch(
         self,
@@ -265,13 +280,12 @@ class BatchedOptimizer(Norms):
             for name, tensors in zip(self._entries, states, strict=True)
             if name in names
         }
-        return Batch(group, [parameters[i] for i in members], [gradients[i] for i in members], state)
+        return _batches.batch(group, [parameters[i] for i in members], [gradients[i] for i in members], state)
 
     def _init_group(
         self,
         group: Group,
         check: bool,
-        positions: list[int],
         held: list[str],
         parameters: list[Tensor],
         gradients: list[Tensor],
@@ -289,13 +303,12 @@ class BatchedOptimizer(Norms):
             self._check_groups(self.param_groups)
             self._check_gradients()
         layout_of = self._layouts(group)
-        for position, parameter in enumerate(group["params"]):
+        for parameter in group["params"]:
             gradient = parameter.grad
             if gradient is None:
                 continue
             layout = layout_of(parameter)
             state = self._state_of(group, parameter, layout)
-            positions.append(position)
             held.append(" ".join(layout))
             parameters.append(parameter)
             gradients.append(gradient)
@@ -317,16 +330,6 @@ class BatchedOptimizer(Norms):
     def _new_state(self, group: Group, parameter: Tensor) -> dict[str, Tensor]:
         layout = self._layout(group, parameter)
         return {name: torch.zeros(e.shape, dtype=e.dtype, device=parameter.device) for name, e in layout.items()}
-
-    def _plan(self, group: Group) -> list[int]:
-        """The bucket of each parameter of a group; made anew only when its members or their kinds change."""
-        kinds = [(id(p), *_batches.same_kind(p)) for p in group["params"]]
-        known = self._plans.get(id(group))
-        if known is None or known[0] != kinds:
-            order: dict[Any, int] = {}
-            known = kinds, [order.setdefault(kind[1:], len(order)) for kind in kinds]
-            self._plans[id(group)] = known
-        return known[1]
 
     # What a user can ask
 
@@ -374,13 +377,11 @@ class BatchedOptimizer(Norms):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch puts it there, and the next group would have it as a key
-        self._plans, self._rehearsed = {}, set()
+        self._rolls, self._rehearsed = {}, set()
 
 
 def _kind(batch: Batch) -> Any:
     """What decides which kernels step a batch: everything but its numbers, and whether members have to be copied."""
-    kinds = (bool, int, str, torch.dtype, type(None))
-    settings = ((name, value) for name, value in batch.group.items() if isinstance(value, kinds))
-    dense = all(p.is_contiguous() and g.is_contiguous() for p, g in zip(batch.parameters, batch.gradients, strict=True))
+    settings = [(name, value) for name, value in batch.group.items() if isinstance(value, SETTINGS)]
     clips = batch.group.get("gradient_clipping") or 0.0
-    return (*_batches.same_kind(batch.parameters[0]), *batch.state, dense, clips > 0, *sorted(settings, key=str))
+    return (*_batches.same_kind(batch.parameters[0]), *batch.state, batch.dense, clips > 0, *settings)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from trysquare import _backend, _parameters
+from trysquare import _backend, _batches, _parameters
 from trysquare._averaging import Averaging
 from trysquare._batches import Batch
 from trysquare._constraints import Constraint, Integer
@@ -220,7 +220,7 @@ class Release(Steps):
             self._settle_y(parameter)
         layout = self._layout(group, parameter)
         state = self._state_of(group, parameter, layout)
-        batch = Batch(group, [parameter], [gradient], {entry: [state[entry]] for entry in layout})
+        batch = _batches.batch(group, [parameter], [gradient], {entry: [state[entry]] for entry in layout})
         self._rehearse([batch], self._every_phase)
         self._advance(batch, None)
         if parameter.numel():

@@ -72,7 +72,7 @@ def accumulate(batch: Batch, workspace: int) -> None:
 def _matrices(batch: Batch, workspace: int, most: int) -> Iterator[Bucket]:
     operands = [batch.gradients, batch.parameters, batch.state["momentum_buffer"]]
     row_states = batch.state.get("row_exp_avg_sq")
-    for part in _batches.contiguous(operands, workspace, "whole", most):
+    for part in _batches.contiguous(operands, workspace, "whole", most, known=batch.dense):
         gradients, parameters, momentum_buffers = part.operands
         steps = [batch.state["step"][i] for i in part.members]
         given = None if row_states is None else [row_states[i] for i in part.members]
@@ -94,7 +94,8 @@ def step_others(batch: Batch, phase: schedule_free.Phase, finite: Tensor | None,
     found = schedule_free.weigh_(counters, numbers, finite, moves=moves, rectifies=group["rectify"])
     names = [name for name in ("z", "exp_avg", "exp_avg_sq", "y", "x", "update_sum") if name in state]
     operands = [batch.gradients, batch.parameters, *(state[name] for name in names)]
-    for part in _batches.contiguous(operands, workspace, "elements", len(batch.parameters)):
+    most = len(batch.parameters)
+    for part in _batches.contiguous(operands, workspace, "elements", most, known=batch.dense):
         gradients, parameters, *rest = part.operands
         held = dict(zip(names, rest, strict=True))
         optional = (held.get(name) for name in ("z", "exp_avg", "y", "x", "update_sum"))

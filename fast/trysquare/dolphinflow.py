@@ -195,7 +195,7 @@ class DolphinFlow(LossAware):
         workspace, split = self._workspace(device), self._split(rule, device)
         in_scratch = max(1, workspace // (8 * _batches.SCRATCH * first.numel()))
         most = in_scratch if split == "whole" else len(batch.parameters)
-        for part in _batches.contiguous([batch.gradients, *written], workspace, split, most):
+        for part in _batches.contiguous([batch.gradients, *written], workspace, split, most, known=batch.dense):
             gradients, parameters, momentum_buffers, *rest = part.operands
             steps = [batch.state["step"][i] for i in part.members]
             bucket = kernels.Bucket(parameters, gradients, momentum_buffers, rest[0] if rest else None, steps)
