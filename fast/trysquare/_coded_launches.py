@@ -24,13 +24,11 @@ class CodedLaunches(CodedWindows):
     """The part of DolphinFlow8bit that launches kernels. They write to what is in place, and take no scratch."""
 
     def _launch_batch(self, batch: Batch, scale: Tensor | None, finite: Tensor | None) -> None:
-        from trysquare.kernels import clipping as counting
         from trysquare.kernels import dolphinflow8bit as kernels
 
         first, group = batch.parameters[0], batch.group
         scale = None if scale is None else scale.to(first.device, non_blocking=True)
         finite = None if finite is None else finite.to(first.device, non_blocking=True)
-        counting.advance(batch.state["step"], finite)
         if not first.numel():
             return
         floats = rate(group), *(group[name] for name in ("weight_decay", "momentum", "eps", "beta2"))

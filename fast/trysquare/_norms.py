@@ -41,6 +41,17 @@ class Norms(Optimizer):
         """Whether a batch goes to Triton kernels; within a trace there are none."""
         return self._chosen(batch.parameters[0].device) == "triton" and not torch.compiler.is_compiling()
 
+    def _count(self, batches: Sequence[Batch], finite: Tensor | None) -> None:
+        """t ← t + 1 of every member that kernels are going to step: one launch a device."""
+        steps: dict[torch.device, list[Tensor]] = {}
+        for batch in batches:
+            if self._launches(batch):
+                steps.setdefault(batch.parameters[0].device, []).extend(batch.state["step"])
+        for device, own in steps.items():
+            from trysquare.kernels import clipping as kernels
+
+            kernels.advance(own, None if finite is None else finite.to(device, non_blocking=True))
+
     def _workspace(self, device: torch.device) -> int:
         return self.workspace_bytes or _batches.default_workspace(device)
 

@@ -222,7 +222,7 @@ class Release(Steps):
         state = self._state_of(group, parameter, layout)
         batch = _batches.batch(group, [parameter], [gradient], {entry: [state[entry]] for entry in layout})
         self._rehearse([batch], self._every_phase)
-        self._advance(batch, None)
+        self._advance([batch], None)
         if parameter.numel():
             with _scratch.kept():
                 self._micro_step(batch)
@@ -245,8 +245,8 @@ class Release(Steps):
 
     def _every_phase(self, batches: Sequence[Batch]) -> None:
         """All that a window of backward passes may launch, to be compiled before any of it changes something."""
+        self._advance(batches, None)
         for batch in batches:
-            self._advance(batch, None)
             if not batch.parameters[0].numel():
                 continue
             if batch.group["update_rate"] == 1 or batch.group["orthogonalize"]:

@@ -14,17 +14,12 @@ from torch import Tensor
 
 from trysquare import _batches
 from trysquare._batches import Batch, Members
-from trysquare.kernels import clipping, schedule_free
+from trysquare.kernels import schedule_free
 from trysquare.kernels import thorn as kernels
 from trysquare.ops import thorn as ops
 
 SCRATCH = 4
 """Scratch of a matrix, in copies of it in the format of the products: X, its next, and square ones."""
-
-
-def advance(batch: Batch, finite: Tensor | None) -> None:
-    """t ← t + 1 of every member."""
-    clipping.advance(batch.state["step"], _on(batch, finite))
 
 
 # Matrices

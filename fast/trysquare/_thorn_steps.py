@@ -22,6 +22,7 @@ class Steps(Averaging):
 
     def _move(self, batches: Sequence[Batch]) -> None:
         finite = self._finite(self._norm(batches, None)) if self.nonfinite == "skip" else None
+        self._advance(batches, finite)
         if torch.compiler.is_compiling():
             self._move_each(batches, finite)
             return
@@ -31,20 +32,17 @@ class Steps(Averaging):
 
     def _move_each(self, batches: Sequence[Batch], finite: Tensor | None) -> None:
         for batch in batches:
-            self._advance(batch, finite)
             if batch.parameters[0].numel():
                 self._move_batch(batch, finite)
             if batch.group["none_grad"] and not _backend.rehearsing:
                 for parameter in batch.parameters:
                     parameter.grad = None
 
-    def _advance(self, batch: Batch, finite: Tensor | None) -> None:
-        if self._launches(batch):
-            from trysquare import _thorn_launches
-
-            _thorn_launches.advance(batch, finite)
-        else:
-            _batches.advance(batch.state["step"], finite)
+    def _advance(self, batches: Sequence[Batch], finite: Tensor | None) -> None:
+        self._count(batches, finite)
+        for batch in batches:
+            if not self._launches(batch):
+                _batches.advance(batch.state["step"], finite)
 
     def _launch_batch(self, batch: Batch, finite: Tensor | None) -> None:
         from trysquare import _thorn_launches

@@ -158,6 +158,7 @@ class DolphinFlow(LossAware):
         measured = self._measure(runs, clip) if clip or self.nonfinite == "skip" else None
         norm, coefficients = measured or (None, [None] * len(runs))
         scale, finite = None if norm is None else norm.scale, self._finite(norm)
+        self._count(batches, finite)
         # backwards: what was measured last may still be in a cache
         for run, own in zip(reversed(runs), reversed(coefficients), strict=True):
             if self._launches(run[0]):
@@ -180,14 +181,12 @@ class DolphinFlow(LossAware):
 
     def _launch_batch(self, batch: Batch, scale: Tensor | None, finite: Tensor | None) -> None:
         """All members of a batch in a kernel's launch or two, which take no scratch but for the matrix mode."""
-        from trysquare.kernels import clipping as counting
         from trysquare.kernels import dolphinflow as kernels
 
         group, first = batch.group, batch.parameters[0]
         rule, device = _rule(group, first), first.device
         scale = None if scale is None else scale.to(device, non_blocking=True)
         finite = None if finite is None else finite.to(device, non_blocking=True)
-        counting.advance(batch.state["step"], finite)
         if not first.numel():
             return
         written = [batch.parameters, *(tensors for name, tensors in batch.state.items() if name != "step")]

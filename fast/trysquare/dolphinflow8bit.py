@@ -175,6 +175,7 @@ class DolphinFlow8bit(CodedLaunches):
         clip = batches[0].group["gradient_clipping"]
         norm = self._norm(batches, clip) if clip or self.nonfinite == "skip" else None
         scale, finite = None if norm is None else norm.scale, self._finite(norm)
+        self._count(batches, finite)
         for batch in batches:
             if self._launches(batch):
                 self._launch_batch(batch, scale, finite)
