@@ -60,10 +60,7 @@ def _products(polar: Any) -> None:
     plant.add("kernel-beta-lost", "β is 0 in β·base + α·LRᵀ", polar, "symmetric_product", _times(0.0, 1.0))
     plant.add("kernel-alpha-lost", "α is 1", polar, "symmetric_product", _times(1.0, None))
     plant.add("kernel-base-is-factor", "the left factor is added instead of the base", polar, "symmetric_product", _own)
-    plant.add(
-        "kernel-nothing-added", "QX without βX", polar, "product", lambda f: lambda q, x, tile, _=0.0: f(q, x, tile)
-    )
-    plant.add("kernel-product-tail", "tiles beyond the last whole one are left out", polar, "triton", _floored)
+    plant.add("kernel-tiles-left-out", "tiles beyond the last whole one are left out", polar, "triton", _floored)
 
 
 def _same(tile: Any) -> Any:

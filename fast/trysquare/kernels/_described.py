@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from trysquare.kernels._launch import ALIGNMENT
@@ -21,17 +24,33 @@ class Described(NamedTuple):
     by_rows: bool
 
 
-def describable(x: Tensor) -> bool:
-    """Whether a descriptor can be made of a batch of matrices (B, n, k), as it is or transposed."""
-    if TensorDescriptor is None or 0 in x.shape or x.data_ptr() % ALIGNMENT:
-        return False
-    batch, row, inner = x.stride()
-    steps = (batch, row) if inner == 1 else (batch, inner)
-    return 1 in {row, inner} and all(step * x.element_size() % ALIGNMENT == 0 for step in steps)
+def described(x: Tensor, rows: int, inner: int) -> Described | None:
+    """A batch of matrices (B, n, k), in blocks of so many rows and terms; what lies outside is 0.
+
+    None where it cannot be described, as it is or transposed.
+    """
+    if x.data_ptr() % ALIGNMENT:
+        return None
+    form = _form(x.shape, x.stride(), x.dtype, rows, inner)
+    if form is None:
+        return None
+    own = copy.copy(form.descriptor)
+    own.base = x
+    return form._replace(descriptor=own)
 
 
-def described(x: Tensor, rows: int, inner: int) -> Described:
-    """Of a batch of matrices that is `describable`, in blocks of so many rows and terms; what lies outside is 0."""
-    by_rows = x.stride(-1) == 1
-    laid_out, block = (x, [1, rows, inner]) if by_rows else (x.mT, [1, inner, rows])
-    return Described(TensorDescriptor.from_tensor(laid_out, block), by_rows)
+@functools.lru_cache(maxsize=1024)
+def _form(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, rows: int, inner: int
+) -> Described | None:
+    """The descriptor of such a batch, which lies nowhere: what Triton checks of one takes longer than its launch."""
+    batch, row, term = strides
+    by_rows = term == 1
+    steps = (batch, row) if by_rows else (batch, term)
+    aligned = all(step * dtype.itemsize % ALIGNMENT == 0 for step in steps)
+    if TensorDescriptor is None or 0 in shape or 1 not in {row, term} or not aligned:
+        return None
+    size, terms = shape[1:]
+    laid_out, block = ((size, terms), (rows, inner)) if by_rows else ((terms, size), (inner, rows))
+    nowhere, leap = torch.empty(0, dtype=dtype), row if by_rows else term
+    return Described(TensorDescriptor(nowhere, [shape[0], *laid_out], [batch, leap, 1], [1, *block]), by_rows)

@@ -68,7 +68,6 @@ OTHERWISE: dict[Product, tuple[Choice, ...]] = {"gram": POINTERS, "square": POIN
 
 INTERPRETED_ROWS = 24
 INTERPRETED: dict[Product, Tile] = {"gram": Tile(16, 32, 4, 1, wide=2), "square": Tile(16, 32, 4, 1, wide=1)}
-INTERPRETED_WIDE = Tile(32, 64, 4, 1)
 """In Triton's interpreter nothing is fast. So that kernels are tested there, by the same choice, both products run by
 them from a few rows on, in float32 too, and on tiles so small that there are several."""
 
@@ -87,12 +86,6 @@ def of_symmetric(product: Product, rows: int, dtype: torch.dtype, device: torch.
 def by_pointers(tile: Tile) -> Tile:
     """The tile instead of one whose operands cannot be described."""
     return tile._replace(wide=0) if _backend.interpreted() else POINTERS[-1].tile
-
-
-def of_wide(rows: int, dtype: torch.dtype) -> Tile | None:
-    """How βX + QX runs: the tile of the kernel, or None for cuBLAS."""
-    runs = _backend.interpreted() and rows >= INTERPRETED_ROWS and dtype != torch.float64
-    return INTERPRETED_WIDE if runs else None
 
 
 def _table(device: torch.device) -> dict[Product, tuple[Choice, ...]]:

@@ -13,13 +13,10 @@ from triton import language as tl
 
 from trysquare.kernels import _polar_choices
 from trysquare.kernels._arithmetic import dotted, narrowed, widened
-from trysquare.kernels._described import describable, described
+from trysquare.kernels._described import described
 from trysquare.kernels._launch import DTYPES, floats, launch
 from trysquare.kernels._polar_choices import Tile
 from trysquare.ops import polar
-
-GROUP = 8
-"""Tiles of rows that neighbouring programs of a wide product share."""
 
 
 class Products(polar.Products):
@@ -36,11 +33,6 @@ class Products(polar.Products):
         if choice is None:
             return super().add_multiple(base, left, right, beta, alpha)
         return symmetric_product(left, right, choice.tile, base, beta, alpha)
-
-    def multiplied(self, q: Tensor, x: Tensor, beta: float = 0.0) -> Tensor:
-        """βX + QX."""
-        tile = _polar_choices.of_wide(x.shape[-2], x.dtype)
-        return super().multiplied(q, x, beta) if tile is None else product(q, x, tile, beta)
 
 
 PRODUCTS = Products()
@@ -63,14 +55,15 @@ def symmetric_product(
     out = torch.empty(batch, size, size, dtype=left.dtype, device=left.device)
     base = None if base is None else base.contiguous()
     numbers = floats(left.device, beta, alpha)
-    if tile.wide and not (describable(left) and describable(right)):
+    x = described(left, tile.side, tile.inner) if tile.wide else None
+    y = described(right, tile.side * tile.wide, tile.inner) if tile.wide else None
+    if x is None or y is None:
         tile = _polar_choices.by_pointers(tile)
     rows = triton.cdiv(size, tile.side * max(1, tile.wide))
     triangle = max(1, tile.wide) * rows * (rows + 1) // 2
     constants = {"DTYPE": DTYPES[left.dtype], "SIDE": tile.side, "INNER": tile.inner}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    if tile.wide:
-        x, y = described(left, tile.side, tile.inner), described(right, tile.side * tile.wide, tile.inner)
+    if x is not None and y is not None:
         constants |= {"WIDE": tile.wide, "LEFT_ROWS": x.by_rows, "RIGHT_ROWS": y.by_rows}
         of_blocks = out, x.descriptor, y.descriptor, base, numbers, size, inner, triangle
         launch(_symmetric_product_of_blocks, batch * triangle, *of_blocks, constants=constants, **options)
@@ -216,71 +209,3 @@ def tile_of(index):
     i = tl.where((i + 1) * (i + 2) // 2 <= index, i + 1, i)
     i = tl.where(i * (i + 1) // 2 > index, i - 1, i)
     return i, index - i * (i + 1) // 2
-
-
-def product(q: Tensor, x: Tensor, tile: Tile, beta: float = 0.0) -> Tensor:
-    """βX + QX, (B, n, m), laid out as X is; sums are of float32 numbers.
-
-    Args:
-        q: (B, n, n), any strides; half precision or float32.
-        x: (B, n, m) of the same dtype, contiguous or a transposed contiguous tensor.
-        tile: How.
-        beta: β.
-    """
-    batch, size, columns = x.shape
-    out = torch.empty_like(x)
-    tall, wide = triton.cdiv(size, tile.side), triton.cdiv(columns, tile.side)
-    numbers = floats(x.device, beta)
-    arguments = q, x, out, numbers, size, columns, *q.stride(), *x.stride(), *out.stride()
-    constants = {"DTYPE": DTYPES[x.dtype], "ADDS": beta != 0, "SIDE": tile.side, "INNER": tile.inner, "GROUP": GROUP}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    launch(_product, batch * tall * wide, *arguments, constants=constants, **options)
-    return out
-
-
-@triton.jit
-def _product(
-    q,
-    x,
-    out,
-    numbers,
-    size,
-    columns,
-    q_batch,
-    q_row,
-    q_column,
-    x_batch,
-    x_row,
-    x_column,
-    out_batch,
-    out_row,
-    out_column,
-    DTYPE: tl.constexpr,
-    ADDS: tl.constexpr,
-    SIDE: tl.constexpr,
-    INNER: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    tall, wide = tl.cdiv(size, SIDE), tl.cdiv(columns, SIDE)
-    batch = (tl.program_id(0) // (tall * wide)).to(tl.int64)
-    index = tl.program_id(0) % (tall * wide)
-    first = index // (GROUP * wide) * GROUP
-    height = tl.minimum(tall - first, GROUP)
-    row = (first + index % (GROUP * wide) % height) * SIDE + tl.arange(0, SIDE)
-    column = index % (GROUP * wide) // height * SIDE + tl.arange(0, SIDE)
-    at_row, at_column = row.to(tl.int64)[:, None], column.to(tl.int64)[None, :]
-    total = tl.zeros((SIDE, SIDE), dtype=tl.float32)
-    for start in range(0, size, INNER):
-        term = start + tl.arange(0, INNER)
-        here = term < size
-        q_place = q + batch * q_batch + at_row * q_row + term.to(tl.int64)[None, :] * q_column
-        x_place = x + batch * x_batch + term.to(tl.int64)[:, None] * x_row + at_column * x_column
-        left = tl.load(q_place, mask=(row < size)[:, None] & here[None, :], other=0.0)
-        right = tl.load(x_place, mask=here[:, None] & (column < columns)[None, :], other=0.0)
-        total = dotted(left, right, total)
-    inside = (row < size)[:, None] & (column < columns)[None, :]
-    if ADDS:
-        addend = tl.load(x + batch * x_batch + at_row * x_row + at_column * x_column, mask=inside, other=0.0)
-        total += widened(addend, tl.float32) * tl.load(numbers).to(tl.float32)
-    place = batch * out_batch + at_row * out_row + at_column * out_column
-    tl.store(out + place, narrowed(total, DTYPE), mask=inside)

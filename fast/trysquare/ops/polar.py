@@ -38,10 +38,6 @@ class Products:
         """β·base + α·left · right of symmetric matrices that commute, which is symmetric too; a new tensor."""
         return torch.baddbmm(base, left, right, beta=beta, alpha=alpha)
 
-    def multiplied(self, q: Tensor, x: Tensor, beta: float = 0.0) -> Tensor:
-        """βX + QX for a symmetric Q, laid out as X is."""
-        return multiplied(q, x, beta)
-
 
 BY_TORCH = Products()
 
@@ -187,7 +183,7 @@ def quintic(x: Tensor, coefficients: Coefficients, products: Products = BY_TORCH
         r.become_gram_(x)
         return multiplied(z.add_multiple_(r, r, r, b, c).add_to_diagonal_(a).whole, x)
     gram = products.gram(x)
-    return products.multiplied(products.add_multiple(gram, gram, gram, b, c), x, a)
+    return multiplied(products.add_multiple(gram, gram, gram, b, c), x, a)
 
 
 def multiplied(q: Tensor, x: Tensor, beta: float = 0.0) -> Tensor:
@@ -215,7 +211,7 @@ def gram_form(x: Tensor, coefficients: Sequence[Coefficients], products: Product
     for first, last in zip((0, *starts), (*starts, len(coefficients)), strict=True):
         own = coefficients[first:last]
         q = _multiplier_by_panels(x, own) if by_panels else _multiplier(x, own, products)
-        x = products.multiplied(q, x)
+        x = multiplied(q, x)
     return x
 
 
