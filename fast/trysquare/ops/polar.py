@@ -122,10 +122,15 @@ def choose_form(rows: int, columns: int, device: torch.device, dtype: torch.dtyp
 
 
 def restarts(iters: int) -> tuple[int, ...]:
-    """The iterations before which the Gram form goes back to X, as its R has drifted from XXᵀ by then."""
-    if iters < 8:
+    """The iterations before which the Gram form goes back to X, as its R has drifted from XXᵀ by then.
+
+    One restart is enough for five iterations. In bfloat16, on matrices without full rank, singular values reached 128
+    times what they should be after six and 5e14 times after seven, and with a second restart after twelve as well; from
+    the third iteration on, no more than four may follow each other.
+    """
+    if iters < 6:
         return (2,) if iters > 2 else ()
-    return (2, *range(4, iters, 8))
+    return (2, *range(4, iters, 4))
 
 
 def normalized(u: Tensor, safety_factor: Scalar, eps: Scalar, dtype: torch.dtype) -> Tensor:
