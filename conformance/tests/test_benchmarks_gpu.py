@@ -66,11 +66,14 @@ def test_a_dry_run_goes_through_every_row_and_makes_no_table(
         tables.body("gpu")
 
 
-def test_a_result_is_added_to(gpu: ModuleType, tmp_path: Path) -> None:
+def test_a_result_is_added_to(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Machines are lent by the minute."""
     target = tmp_path / "toy.json"
-    dry_run(target, "--work", "losses")
-    result = dry_run(target, "--work", "products", "--add")
+    for work in (["losses"], ["products", "--add"]):
+        arguments = ["--dry-run", "--rounds", "2", "--json", str(target), "--work", *work]
+        monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu", *arguments])
+        gpu.command.main(arguments)
+    result = json.loads(target.read_text(encoding="utf-8"))
     assert [work["work"] for work in result["works"]] == ["products", "losses"]
     assert result["command"].count("python -m benchmarks gpu") == 2
     chosen = gpu.command.parse(["--json", str(target), "--add", "--work", "losses", "--rounds", "3", "--dry-run"])
