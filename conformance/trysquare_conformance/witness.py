@@ -1,11 +1,12 @@
 """Proof that a lane's own backend did the work, so that a silent fallback is never green."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
-from torch._inductor.output_code import CompiledFxGraph
 
 from trysquare import _backend
 from trysquare_conformance.lanes import Lane
@@ -27,10 +28,9 @@ class Witness:
 
     def watch(self, run: Callable[[], Result]) -> tuple[Result, Counter[str]]:
         """Run, and return beside the result how often each backend was called and a compiled graph was run."""
-        before, graphs = Counter(_backend.calls), _GraphRuns()
-        with graphs:
+        before, made = Counter(_backend.calls), Counter[str]()
+        with _graph_runs(made) if self.lane.backend == "compiled" else nullcontext():
             result = run()
-        made = Counter({GRAPH_RUN: graphs.count})
         for (backend, _), count in (Counter(_backend.calls) - before).items():
             made[backend] += count
         self.seen += made
@@ -60,20 +60,16 @@ class Witness:
         return text
 
 
-class _GraphRuns:
-    """Counts how often inductor's compiled graphs are called while it lasts."""
+@contextmanager
+def _graph_runs(made: Counter[str]) -> Iterator[None]:
+    """Counts how often the compiled graphs of inductor, which takes seconds to import, are called while it lasts."""
+    from torch._inductor.output_code import CompiledFxGraph
 
-    def __init__(self) -> None:
-        self.count = 0
+    original = CompiledFxGraph.__call__
 
-    def __enter__(self) -> None:
-        self._original = CompiledFxGraph.__call__
+    def counted(graph: CompiledFxGraph, inputs: Sequence[Any]) -> Any:
+        made[GRAPH_RUN] += 1
+        return original(graph, inputs)
 
-        def counted(graph: CompiledFxGraph, inputs: Sequence[Any]) -> Any:
-            self.count += 1
-            return self._original(graph, inputs)
-
-        CompiledFxGraph.__call__ = counted  # type: ignore[method-assign, assignment]
-
-    def __exit__(self, *_: object) -> None:
-        CompiledFxGraph.__call__ = self._original  # type: ignore[method-assign]
+    with patch.object(CompiledFxGraph, "__call__", counted):
+        yield
