@@ -5,6 +5,7 @@ With `--fault GLOB` it plants faults.
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -23,6 +24,9 @@ from trysquare_conformance.lanes import INTERPRETED, LANES, Lane
 from trysquare_conformance.report.schema import plain
 from trysquare_conformance.verdict import EXIT_CODES, GOOD
 from trysquare_conformance.witness import Witness
+
+SELDOM = 50_000, 20, 20
+"""When to collect garbage: with a compiler loaded Python looks half a second through all objects and finds little."""
 
 
 def arguments() -> argparse.Namespace:
@@ -46,6 +50,7 @@ def main() -> None:
     """Run the lane."""
     options = arguments()
     lines = _take_stdout()
+    gc.set_threshold(*SELDOM)
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")  # of torch's own code; the suite judges numbers
     lane = LANES[options.lane]
