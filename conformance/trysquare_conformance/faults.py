@@ -52,7 +52,7 @@ class Outcome:
 
 
 AT_ONCE = 100
-"""So many faults are planted by one process; more are shared among several."""
+"""So many faults are planted by one process; more are shared among several, one for each core at most."""
 
 
 @cache
@@ -131,7 +131,7 @@ def _processes(
     lane: Lane, chosen: Sequence[Fault], budgets: Path, globs: Sequence[str], progress: Progress
 ) -> "list[FaultProcess]":
     """Processes with the lane's environment, each for a part of the faults."""
-    parts = -(-len(chosen) // AT_ONCE)
+    parts = min(os.cpu_count() or 1, -(-len(chosen) // AT_ONCE))
     worker = [sys.executable, "-m", "trysquare_conformance.worker", "--lane", lane.name, "--tier", "quick"]
     command = [*worker, "--budgets", str(budgets), "--parts", str(parts), *(f"--fault={glob}" for glob in globs)]
     processes: list[FaultProcess] = []
