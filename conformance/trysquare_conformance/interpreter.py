@@ -68,6 +68,8 @@ def without_repetition() -> Iterator[None]:
     scopes: list[Any] = []  # what puts them back
 
     def replaced(function: Any) -> _Nothing:
+        if len(done) == 2:
+            return _Nothing()
         modules = {value is tl for value in function.__globals__.values() if value is tl or value is tl.core}
         if not modules <= done:
             done.update(modules)
