@@ -128,9 +128,9 @@ def products(size: shapes.Shape, device: torch.device) -> Work:
     missing = _without_kernels(device)
     rows: tuple[tuple[str, Callable[[torch.Tensor], torch.Tensor], str | None], ...] = (
         (TRANSPOSED, _transposed, None),
-        (OUR_TRANSPOSED, lambda x: _kernels().gram(x), missing),
+        (OUR_TRANSPOSED, lambda x: _kernels(x.shape[-2], x.device).gram(x), missing),
         (SQUARED, _squared, None),
-        (OUR_SQUARED, lambda x: _kernels().add_multiple(x, x, x, B, C), missing),
+        (OUR_SQUARED, lambda x: _kernels(x.shape[-2], x.device).add_multiple(x, x, x, B, C), missing),
     )
     entries = (
         Entry(
@@ -155,8 +155,9 @@ def _without_kernels(device: torch.device) -> str | None:
     return None if reason is None else f"not available: {reason}"
 
 
-def _kernels() -> Any:
-    return importlib.import_module(KERNELS).PRODUCTS
+@functools.cache
+def _kernels(rows: int, device: torch.device) -> Any:
+    return importlib.import_module(KERNELS).Products(rows, torch.bfloat16, device)
 
 
 def _multiplying(product: Callable[[torch.Tensor], torch.Tensor], inputs: list[torch.Tensor]) -> Subject:

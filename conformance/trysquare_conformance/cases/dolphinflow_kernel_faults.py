@@ -96,7 +96,7 @@ IN_PRODUCTS: dict[str, Mistake] = {
     ),
     "kernel-first-part-only": (
         "The products of a long row are those of its first part",
-        (("parts, tile = triton.cdiv(columns, part)", "parts, tile = 1"),),
+        (("parts, tile = cdiv(columns, part)", "parts, tile = 1"),),
     ),
     "kernel-last-tile-of-part": (
         "The products of a part leave out its last tile",
@@ -110,7 +110,7 @@ IN_PRODUCTS: dict[str, Mistake] = {
 IN_NORM: dict[str, Mistake] = {
     "kernel-norm-without-last-part": (
         "The norm of a long gradient leaves out its last part",
-        (("parts = triton.cdiv(first.numel(), part)", "parts = max(1, first.numel() // part)"),),
+        (("parts = cdiv(first.numel(), part)", "parts = max(1, first.numel() // part)"),),
     ),
     "kernel-norm-without-last-block": (
         "The sum of squares of a part leaves out its last block",

@@ -4,7 +4,6 @@ A kernel that is compiled keeps the functions that it was compiled with, so that
 """
 
 from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ def _products(polar: Any) -> None:
     plant.add("kernel-beta-lost", "β is 0 in β·base + α·LRᵀ", polar, "symmetric_product", _times(0.0, 1.0))
     plant.add("kernel-alpha-lost", "α is 1", polar, "symmetric_product", _times(1.0, None))
     plant.add("kernel-base-is-factor", "the left factor is added instead of the base", polar, "symmetric_product", _own)
-    plant.add("kernel-tiles-left-out", "tiles beyond the last whole one are left out", polar, "triton", _floored)
+    plant.add("kernel-tiles-left-out", "tiles beyond the last whole one are left out", polar, "cdiv", _floored)
 
 
 def _same(tile: Any) -> Any:
@@ -119,8 +118,8 @@ def _own(f: Any) -> Any:
     return lambda left, right, tile, base=None, *numbers: f(left, right, tile, base if base is None else left, *numbers)
 
 
-def _floored(triton: Any) -> Any:
-    return SimpleNamespace(**{**vars(triton), "cdiv": lambda a, b: max(1, a // b)})
+def _floored(_: Any) -> Any:
+    return lambda a, b: max(1, a // b)
 
 
 def _matrices(thorn: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any, NamedTuple
 
@@ -34,9 +33,9 @@ def described(x: Tensor, rows: int, inner: int) -> Described | None:
     form = _form(x.shape, x.stride(), x.dtype, rows, inner)
     if form is None:
         return None
-    own = copy.copy(form.descriptor)
-    own.base = x
-    return form._replace(descriptor=own)
+    own = TensorDescriptor.__new__(TensorDescriptor)
+    vars(own).update(vars(form.descriptor), base=x)
+    return Described(own, form.by_rows)
 
 
 @functools.lru_cache(maxsize=1024)

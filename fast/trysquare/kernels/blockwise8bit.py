@@ -13,7 +13,7 @@ from triton import language as tl
 
 from trysquare import _backend
 from trysquare.kernels._arithmetic import quotient
-from trysquare.kernels._launch import launch, warps
+from trysquare.kernels._launch import cdiv, launch, warps
 from trysquare.ops import blockwise8bit as ops
 
 BLOCK = tl.constexpr(ops.BLOCK)
@@ -54,7 +54,7 @@ def _quantized(x: Tensor, bounds: Tensor, signed: bool) -> tuple[Tensor, Tensor]
 
 
 def _launch(kernel: object, blocks: int, *arguments: Tensor, **constants: bool) -> None:
-    programs = triton.cdiv(blocks, TOGETHER)
+    programs = cdiv(blocks, TOGETHER)
     own = {**constants, "TOGETHER": TOGETHER}
     launch(kernel, programs, *arguments, blocks, constants=own, num_warps=warps(TOGETHER * ops.BLOCK))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton import language as tl
 
 from trysquare.kernels._arithmetic import widened
-from trysquare.kernels._launch import DTYPES, Table, floats, launch
+from trysquare.kernels._launch import DTYPES, Table, cdiv, floats, launch
 from trysquare.ops.clipping import MARGIN
 
 PART = 1 << 14
@@ -28,7 +28,7 @@ def sums_of_squares(gradients: Sequence[Tensor]) -> Tensor:
     """Σ g² of parts of contiguous tensors of one shape and dtype; float64, to be added up."""
     first = gradients[0]
     part = PART if first.numel() > BLOCK else BLOCK
-    parts = triton.cdiv(first.numel(), part)
+    parts = cdiv(first.numel(), part)
     sums = torch.empty(len(gradients) * parts, dtype=torch.float64, device=first.device)
     table = Table([gradients])
     constants = {"DTYPE": DTYPES[first.dtype], "PART": part, "BLOCK": BLOCK, "ALIGNED": table.aligned}
@@ -92,7 +92,7 @@ def advance(steps: Sequence[Tensor], finite: Tensor | None) -> None:
     """t ← t + 1, or t + 0 where ``finite`` is false; ``steps`` are 0-dim float64 tensors."""
     table = Table([steps])
     constants = {"BLOCK": BLOCK}
-    programs = triton.cdiv(len(steps), BLOCK)
+    programs = cdiv(len(steps), BLOCK)
     launch(_advance, programs, table.addresses, finite, len(steps), constants=constants)
 
 

@@ -17,9 +17,9 @@ from triton import language as tl
 
 from trysquare.kernels import moments, projection
 from trysquare.kernels._arithmetic import address, clipped, moved, narrowed, quotient, widened
-from trysquare.kernels._launch import DTYPES, Table, floats, launch, tile, warps
+from trysquare.kernels._launch import DTYPES, Table, cdiv, floats, launch, tile, warps
 from trysquare.kernels.moments import correction, denominator, second_moment
-from trysquare.kernels.polar import PRODUCTS
+from trysquare.kernels.polar import Products
 from trysquare.kernels.projection import coefficient, subtract
 from trysquare.ops import polar
 from trysquare.ops.dolphinflow import Rule
@@ -76,7 +76,8 @@ def step_(
     first = bucket.momentum_buffers[0]
     u = torch.empty(len(bucket.parameters), *shape, dtype=first.dtype, device=first.device)
     moments.nesterov_(bucket.momentum_buffers, bucket.gradients, list(u.unbind()), numbers[2:3], scale, finite)
-    u = polar.newton_schulz(u, rule.ns_steps, eps, products=PRODUCTS).contiguous()
+    products = Products(min(shape), u.dtype, u.device)
+    u = polar.newton_schulz(u, rule.ns_steps, eps, products=products).contiguous()
     update_(bucket._replace(updates=list(u.unbind())), (1, shape[0] * shape[1]), numbers, scale, finite, rule)
 
 
@@ -92,7 +93,7 @@ def update_(
     on_chip = ON_CHIP * 4 // bucket.momentum_buffers[0].element_size()
     if projects and columns <= on_chip:
         height, block = tile(rows, columns, TILE, on_chip)
-        programs = count * triton.cdiv(rows, height)
+        programs = count * cdiv(rows, height)
         arguments = table.addresses, numbers, scale, finite, count, rows, columns
         del constants["GIVEN"]
         constants |= {**projection.BOUNDS, "ROWS": height, "COLUMNS": block}
@@ -103,7 +104,7 @@ def update_(
         kinds = {name: constants[name] for name in ("PARAMETER", "STATE", "PROJECTS")}
         empty = torch.empty(count, rows, dtype=bucket.momentum_buffers[0].dtype, device=numbers.device)
         coefficients = projection.row_coefficients_(empty, table, columns, numbers, scale, kinds)
-    programs = count * rows * triton.cdiv(columns, TILE)
+    programs = count * rows * cdiv(columns, TILE)
     of_parts = table.addresses, numbers, scale, finite, coefficients, count, rows, columns
     launch(_update_parts, programs, *of_parts, constants=constants | {"COLUMNS": TILE}, num_warps=warps(TILE))
 

@@ -18,7 +18,7 @@ from triton import language as tl
 
 from trysquare.kernels import projection
 from trysquare.kernels._arithmetic import address, clipped, moved, narrowed, quotient, widened
-from trysquare.kernels._launch import DTYPES, TRITON, Table, floats, launch, tile, warps
+from trysquare.kernels._launch import DTYPES, TRITON, Table, cdiv, floats, launch, power_of_2, tile, warps
 from trysquare.kernels.blockwise8bit import BLOCK, block_absmax, coded, decoded
 from trysquare.kernels.moments import correction, denominator, mean_weight, second_moment
 from trysquare.kernels.projection import coefficient, subtract
@@ -139,12 +139,12 @@ def update_blocks_(
     kind = "nothing" if given is None else "given"
     if whole:
         kind = "rows" if columns <= ON_CHIP["blocks"] else "long"
-    high, wide = _blocks_of_tile(rows, triton.cdiv(columns, format8bit.BLOCK), kind)
-    across = triton.cdiv(columns, wide * format8bit.BLOCK)
-    in_all = triton.cdiv(rows, high) * across
+    high, wide = _blocks_of_tile(rows, cdiv(columns, format8bit.BLOCK), kind)
+    across = cdiv(columns, wide * format8bit.BLOCK)
+    in_all = cdiv(rows, high) * across
     count, table = len(bucket.parameters), Table(_operands(bucket))
     tiles = min(TILES, max(2, count * in_all // PROGRAMS))
-    tiles = triton.cdiv(tiles, across) * across if kind == "long" else tiles
+    tiles = cdiv(tiles, across) * across if kind == "long" else tiles
     height, period, start = (1, 0, 0) if given is None else (given.coefficients.shape[1], *given[1:])
     constants = _constants(bucket, table)
     constants |= {"PROJECTS": kind, "LONG": period >= format8bit.BLOCK, "ROWS": high, "BLOCKS": wide}
@@ -152,16 +152,16 @@ def update_blocks_(
     shapes = count, rows, columns, height, period, start, tiles
     arguments = table.addresses, numbers, scale, finite, coefficients, *shapes
     options = {"num_warps": warps(high * wide * format8bit.BLOCK), "registers": REGISTERS}
-    launch(_update_blocks, count * triton.cdiv(in_all, tiles), *arguments, constants=constants, **options)
+    launch(_update_blocks, count * cdiv(in_all, tiles), *arguments, constants=constants, **options)
 
 
 def _blocks_of_tile(rows: int, blocks: int, kind: str) -> tuple[int, int]:
     """Rows of a tile, and blocks of each: powers of two, which of a long row leave nothing over if they can."""
     most = TILE // format8bit.BLOCK
-    wide = min(most, int(triton.next_power_of_2(blocks)))
+    wide = min(most, power_of_2(blocks))
     if kind == "long":
         return 1, math.gcd(most, blocks)
-    return max(1, min(most // wide, int(triton.next_power_of_2(rows)))), wide
+    return max(1, min(most // wide, power_of_2(rows))), wide
 
 
 def update_(
@@ -180,7 +180,7 @@ def update_(
         coefficients = torch.empty(count, rows, dtype=state.dtype, device=numbers.device)
         projection.row_coefficients_(coefficients, table, columns, numbers, scale, kinds)
         constants["PROJECTS"], block = "given", TILE
-    programs = count * triton.cdiv(rows, high) * triton.cdiv(columns, block)
+    programs = count * cdiv(rows, high) * cdiv(columns, block)
     arguments = table.addresses, numbers, scale, finite, coefficients, count, rows, columns
     constants |= {"ROWS": high, "COLUMNS": block}
     launch(_update, programs, *arguments, constants=constants, num_warps=warps(high * block))

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton import language as tl
 
 from trysquare.kernels._arithmetic import address, clipped, moved, root
-from trysquare.kernels._launch import DTYPES, Table, launch, warps
+from trysquare.kernels._launch import DTYPES, Table, cdiv, launch, warps
 
 TILE = 1024
 """Elements of a program."""
@@ -35,7 +35,7 @@ def nesterov_(
     """
     first = momentum_buffers[0]
     table = Table([momentum_buffers, gradients, updates])
-    parts = triton.cdiv(first.numel(), TILE)
+    parts = cdiv(first.numel(), TILE)
     constants = {"GRADIENT": DTYPES[gradients[0].dtype], "STATE": DTYPES[first.dtype], "ALIGNED": table.aligned}
     arguments = table.addresses, momentum, scale, finite, len(gradients), first.numel(), parts
     launch(_nesterov, len(gradients) * parts, *arguments, constants=constants | {"TILE": TILE}, num_warps=warps(TILE))

@@ -14,28 +14,27 @@ from triton import language as tl
 from trysquare.kernels import _polar_choices
 from trysquare.kernels._arithmetic import dotted, narrowed, widened
 from trysquare.kernels._described import described
-from trysquare.kernels._launch import DTYPES, floats, launch
+from trysquare.kernels._launch import DTYPES, cdiv, floats, launch
 from trysquare.kernels._polar_choices import Tile
 from trysquare.ops import polar
 
 
 class Products(polar.Products):
-    """Those of `ops.polar`, each by the kernel or by cuBLAS as the table of `_polar_choices` says."""
+    """Those of `ops.polar`, each by the kernel or by cuBLAS as the table of `_polar_choices` says for so many rows."""
+
+    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._gram = _polar_choices.of_symmetric("gram", rows, dtype, device)
+        self._square = _polar_choices.of_symmetric("square", rows, dtype, device)
 
     def gram(self, x: Tensor) -> Tensor:
         """XXᵀ."""
-        choice = _polar_choices.of_symmetric("gram", x.shape[-2], x.dtype, x.device)
-        return super().gram(x) if choice is None else symmetric_product(x, x, choice.tile)
+        return super().gram(x) if self._gram is None else symmetric_product(x, x, self._gram.tile)
 
     def add_multiple(self, base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
         """β·base + α·left · right of symmetric matrices that commute."""
-        choice = _polar_choices.of_symmetric("square", left.shape[-2], left.dtype, left.device)
-        if choice is None:
+        if self._square is None:
             return super().add_multiple(base, left, right, beta, alpha)
-        return symmetric_product(left, right, choice.tile, base, beta, alpha)
-
-
-PRODUCTS = Products()
+        return symmetric_product(left, right, self._square.tile, base, beta, alpha)
 
 
 def symmetric_product(
@@ -55,11 +54,13 @@ def symmetric_product(
     out = torch.empty(batch, size, size, dtype=left.dtype, device=left.device)
     base = None if base is None else base.contiguous()
     numbers = floats(left.device, beta, alpha)
-    x = described(left, tile.side, tile.inner) if tile.wide else None
-    y = described(right, tile.side * tile.wide, tile.inner) if tile.wide else None
+    x = y = None
+    if tile.wide:
+        x = described(left, tile.side, tile.inner)
+        y = x if right is left and tile.wide == 1 else described(right, tile.side * tile.wide, tile.inner)
     if x is None or y is None:
         tile = _polar_choices.by_pointers(tile)
-    rows = triton.cdiv(size, tile.side * max(1, tile.wide))
+    rows = cdiv(size, tile.side * max(1, tile.wide))
     triangle = max(1, tile.wide) * rows * (rows + 1) // 2
     constants = {"DTYPE": DTYPES[left.dtype], "SIDE": tile.side, "INNER": tile.inner}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}

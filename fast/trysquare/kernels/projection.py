@@ -15,7 +15,7 @@ from torch import Tensor
 from triton import language as tl
 
 from trysquare.kernels._arithmetic import address, clipped, quotient, widened
-from trysquare.kernels._launch import Table, launch, warps
+from trysquare.kernels._launch import Table, cdiv, launch, power_of_2, warps
 from trysquare.ops.projection import LARGEST_SQUARE, SMALLEST_SQUARE
 
 PART = 1 << 14
@@ -42,15 +42,15 @@ def row_coefficients_(
         kinds: The constants PARAMETER, STATE and PROJECTS of the kernels: dtypes, and "gradient" or "update".
     """
     count, rows = found.shape
-    part = min(PART, int(triton.next_power_of_2(columns)))
-    parts, tile = triton.cdiv(columns, part), min(part, TILE)
-    high = min(TILE // tile, int(triton.next_power_of_2(rows)))
+    part = min(PART, power_of_2(columns))
+    parts, tile = cdiv(columns, part), min(part, TILE)
+    high = min(TILE // tile, power_of_2(rows))
     along = square = None
     if parts > 1:
         along, square = torch.empty(2, count * rows * parts, dtype=torch.float64, device=found.device).unbind()
     constants = {**kinds, **BOUNDS, "ALIGNED": table.aligned, "PART": part, "TILE": tile, "ROWS": high}
     arguments = table.addresses, numbers, scale, found, along, square, count, rows, columns, parts
-    programs = count * triton.cdiv(rows, high) * parts
+    programs = count * cdiv(rows, high) * parts
     launch(_row_products, programs, *arguments, constants=constants, num_warps=warps(tile * high))
     if parts > 1:
         own = {"PROJECTS": kinds["PROJECTS"], **BOUNDS, "BLOCK": 128}

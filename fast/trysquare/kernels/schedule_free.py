@@ -16,7 +16,7 @@ from torch import Tensor
 from triton import language as tl
 
 from trysquare.kernels._arithmetic import address, moved, narrowed, quotient, widened
-from trysquare.kernels._launch import DTYPES, Table, launch, warps
+from trysquare.kernels._launch import DTYPES, Table, cdiv, launch, warps
 from trysquare.kernels.decay import cautious_decay
 from trysquare.kernels.moments import denominator, second_moment
 from trysquare.kernels.rectification import rectification
@@ -68,7 +68,7 @@ def weigh_(counters: Counters, numbers: Tensor, finite: Tensor | None, *, moves:
     table = Table([counters.steps, counters.lr_maxs or counters.steps, counters.weight_sums or counters.steps])
     constants = {"COUNTS": counts, "RECTIFIES": rectifies, "BLOCK": BLOCK}
     launch(
-        *(_weigh, triton.cdiv(count, BLOCK), table.addresses, numbers, finite, found, count),
+        *(_weigh, cdiv(count, BLOCK), table.addresses, numbers, finite, found, count),
         constants=constants,
         num_warps=2,
     )
@@ -116,7 +116,7 @@ def step_(bucket: Bucket, found: Tensor, numbers: Tensor, finite: Tensor | None,
         "ALIGNED": table.aligned,
         "TILE": TILE,
     }
-    parts = triton.cdiv(first.numel(), TILE)
+    parts = cdiv(first.numel(), TILE)
     arguments = table.addresses, found, numbers, finite, count, first.numel(), parts
     launch(_step, count * parts, *arguments, constants=constants, num_warps=warps(TILE))
 

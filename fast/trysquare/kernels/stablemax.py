@@ -15,7 +15,7 @@ from torch import Tensor
 from triton import language as tl
 
 from trysquare.kernels._arithmetic import widened
-from trysquare.kernels._launch import launch
+from trysquare.kernels._launch import cdiv, launch
 from trysquare.kernels.stablemax_problem import (
     BLOCK,
     WARPS,
@@ -61,7 +61,7 @@ def losses(problem: Problem) -> tuple[Tensor, Tensor]:
     loss, normalizer = torch.empty_like(target, dtype=dtype), torch.empty_like(target, dtype=torch.float64)
     launch(
         _finish,
-        triton.cdiv(positions, BLOCK),
+        cdiv(positions, BLOCK),
         *(x, target, weight, smoothing, places.table, sums, loss, normalizer),
         *(*problem.sizes, sums.shape[1]),
         constants={**problem.constants, "BLOCK": BLOCK},
@@ -74,9 +74,9 @@ def _sums_of(problem: Problem) -> Tensor:
     x, places, target, weight, smoothing, _, dtype = problem
     positions, classes = target.numel(), x.shape[1]
     height, width = tile_of(positions, classes, places.across)
-    rows, columns = triton.cdiv(positions, height), triton.cdiv(classes, width)
+    rows, columns = cdiv(positions, height), cdiv(classes, width)
     tiles = min(TILES, max(1, rows * columns // PROGRAMS))
-    parts = max(1, triton.cdiv(columns, tiles))
+    parts = max(1, cdiv(columns, tiles))
     sums = torch.empty((2 if smoothing is None else 3, parts, positions), dtype=dtype, device=x.device)
     launch(
         _sums,

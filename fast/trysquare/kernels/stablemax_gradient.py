@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import language as tl
 
 from trysquare.kernels._arithmetic import narrowed, widened
-from trysquare.kernels._launch import ALIGNMENT, DTYPES, launch
+from trysquare.kernels._launch import ALIGNMENT, DTYPES, cdiv, launch
 from trysquare.kernels.stablemax_problem import (
     BLOCK,
     WARPS,
@@ -41,7 +41,7 @@ def gradient(problem: Problem, normalizer: Tensor, g: Tensor) -> Tensor:
     factors = torch.empty((3, positions), dtype=dtype, device=x.device)
     launch(
         _factors,
-        triton.cdiv(positions, BLOCK),
+        cdiv(positions, BLOCK),
         *(x, target, weight, smoothing, places.table, normalizer, g, factors),
         *(*problem.sizes, g.stride(0)),
         constants={**problem.constants, "BLOCK": BLOCK},
@@ -51,9 +51,9 @@ def gradient(problem: Problem, normalizer: Tensor, g: Tensor) -> Tensor:
     height, width = tile_of(positions, classes, places.across)
     launch(
         _gradient,
-        triton.cdiv(positions, height) * triton.cdiv(classes, width),
+        cdiv(positions, height) * cdiv(classes, width),
         *(x, target, weight, places.table, factors, output, to.table),
-        *(*problem.sizes, to.stride, triton.cdiv(classes, width)),
+        *(*problem.sizes, to.stride, cdiv(classes, width)),
         constants={
             **problem.constants,
             **tile_constants(problem, height, width),

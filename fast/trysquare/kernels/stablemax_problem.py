@@ -15,7 +15,7 @@ from torch import Tensor
 from triton import language as tl
 
 from trysquare.kernels._arithmetic import widened
-from trysquare.kernels._launch import ALIGNMENT, DTYPES, floats, integers
+from trysquare.kernels._launch import ALIGNMENT, DTYPES, floats, integers, power_of_2
 
 TILE = 1 << 12
 """Logits that a program holds at a time."""
@@ -72,7 +72,7 @@ def _merged(dimensions: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def tile_of(positions: int, classes: int, across: bool) -> tuple[int, int]:
     """Positions and classes of a tile, powers of two, with many of those that are neighbours in memory."""
-    all_positions, all_classes = (int(triton.next_power_of_2(max(1, n))) for n in (positions, classes))
+    all_positions, all_classes = (power_of_2(max(1, n)) for n in (positions, classes))
     if across:
         height = min(all_positions, max(1, TILE // ACROSS))
         return height, min(all_classes, TILE // height)

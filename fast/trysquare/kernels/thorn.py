@@ -17,9 +17,9 @@ from torch import Tensor
 from triton import language as tl
 
 from trysquare.kernels._arithmetic import address, moved, narrowed, quotient, root, widened
-from trysquare.kernels._launch import DTYPES, Table, floats, launch, tile, warps
+from trysquare.kernels._launch import DTYPES, Table, cdiv, floats, launch, tile, warps
 from trysquare.kernels.decay import cautious_decay
-from trysquare.kernels.polar import PRODUCTS
+from trysquare.kernels.polar import Products
 from trysquare.kernels.rectification import rectification
 from trysquare.ops import polar
 from trysquare.ops.thorn import Rule
@@ -83,7 +83,8 @@ def step_(
         rectifies: Whether the rate is rectified.
     """
     x = prepare_(bucket, shape, numbers, finite, rule.matmul_dtype)
-    x = polar.iterated(x, rule.coefficients, rule.form, PRODUCTS).contiguous()
+    products = Products(min(shape.rows, shape.columns), x.dtype, x.device)
+    x = polar.iterated(x, rule.coefficients, rule.form, products).contiguous()
     apply_(bucket, shape, x, numbers, finite, rectifies=rectifies)
 
 
@@ -98,7 +99,7 @@ def prepare_(
     first, count = bucket.momentum_buffers[0], len(bucket.parameters)
     slices = count * shape.each
     elements, device = shape.rows * shape.columns, first.device
-    parts = triton.cdiv(elements, PART)
+    parts = cdiv(elements, PART)
     sums = torch.empty(slices * parts, dtype=torch.float64, device=device)
     accumulate_(bucket, shape, numbers, finite, sums)
     norms = torch.empty(slices, dtype=torch.float64, device=device)
@@ -108,7 +109,7 @@ def prepare_(
     formats = {"GRADIENT": DTYPES[bucket.gradients[0].dtype], "STATE": DTYPES[first.dtype]}
     constants = {**formats, "MATMUL": DTYPES[matmul_dtype], "ALIGNED": _aligned(table, bucket, elements), "TILE": TILE}
     arguments = table.addresses, numbers, norms, x, count, shape.each, elements
-    programs = slices * triton.cdiv(elements, TILE)
+    programs = slices * cdiv(elements, TILE)
     launch(_normalize, programs, *arguments, constants=constants, num_warps=warps(TILE))
     return x
 
@@ -121,7 +122,7 @@ def accumulate_(
     table = Table([bucket.momentum_buffers, bucket.gradients])
     formats = {"GRADIENT": DTYPES[bucket.gradients[0].dtype], "STATE": DTYPES[first.dtype]}
     constants = {**formats, "ALIGNED": _aligned(table, bucket, elements), "PART": PART, "TILE": TILE}
-    count, parts = len(bucket.parameters), triton.cdiv(elements, PART)
+    count, parts = len(bucket.parameters), cdiv(elements, PART)
     arguments = table.addresses, numbers, finite, sums, count, shape.each, elements, parts
     launch(_accumulate, count * shape.each * parts, *arguments, constants=constants, num_warps=warps(TILE))
 
@@ -227,7 +228,7 @@ def apply_(
         table = Table([bucket.row_exp_avg_sqs])
         constants = {"STATE": DTYPES[state], **of_tile}
         of_rows = table.addresses, x, numbers, finite, factors, squares, shape.each, rows, shape.columns
-        programs = slices * triton.cdiv(rows, high)
+        programs = slices * cdiv(rows, high)
         launch(_row_squares, programs, *of_rows, constants=constants, num_warps=warps(TILE))
     ratios, rates = torch.empty(2, slices, dtype=torch.float64, device=device).unbind()
     own = {"RECTIFIES": rectifies, "BLOCK": BLOCK}
@@ -238,7 +239,7 @@ def apply_(
     constants = {"PARAMETER": DTYPES[bucket.parameters[0].dtype], "STATE": DTYPES[state], "NORMALIZES": normalizes}
     constants |= {"ALIGNED": _aligned(table, bucket, shape.rows * shape.columns), **of_tile}
     arguments = table.addresses, x, numbers, finite, factors, ratios, rates, shape.each, rows, shape.columns
-    programs = slices * triton.cdiv(rows, high) * triton.cdiv(shape.columns, wide)
+    programs = slices * cdiv(rows, high) * cdiv(shape.columns, wide)
     launch(_apply, programs, *arguments, constants=constants, num_warps=warps(TILE))
 
 

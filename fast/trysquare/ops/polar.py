@@ -225,7 +225,7 @@ def _multiplier(x: Tensor, coefficients: Sequence[Coefficients], products: Produ
     r = products.gram(x)
     a, b, c = coefficients[0]
     z = products.add_multiple(r, r, r, b, c)
-    q = torch.add(z, _identity(r), alpha=a)
+    q = _plus_identity(z, a)
     for following in coefficients[1:]:
         rz = products.add_multiple(r, r, z, a)
         r = products.add_multiple(rz, z, rz, a)
@@ -253,5 +253,10 @@ def _multiplier_by_panels(x: Tensor, coefficients: Sequence[Coefficients]) -> Te
     return q.whole
 
 
-def _identity(x: Tensor) -> Tensor:
-    return torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+def _plus_identity(z: Tensor, a: float) -> Tensor:
+    """aI + Z, a new tensor."""
+    if torch.compiler.is_compiling():
+        return torch.add(z, torch.eye(z.shape[-1], dtype=z.dtype, device=z.device), alpha=a)
+    found = z.clone()
+    found.diagonal(dim1=-2, dim2=-1).add_(a)
+    return found
