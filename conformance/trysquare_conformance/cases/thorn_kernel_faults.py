@@ -138,7 +138,7 @@ def _matrices(thorn: Any) -> None:
     plant.add("kernel-decay-everywhere", "decay is not cautious", thorn, "cautious_decay", _everywhere)
     plant.add("kernel-decay-by-product", "signs by a product that underflows", thorn, "cautious_decay", _by_product)
     plant.add("kernel-one-slice", "only the first matrix of a batch", thorn, "Shape", _with(0, 1))
-    plant.add("kernel-row-tail", "rows beyond the last whole tile are left out", thorn, "triton", _floored)
+    plant.add("kernel-row-tail", "rows beyond the last whole tile are left out", thorn, "cdiv", _floored)
     plant.add(
         "kernel-always-half", "products in bfloat16 whatever is asked for", thorn, "prepare_", _with(4, torch.bfloat16)
     )
