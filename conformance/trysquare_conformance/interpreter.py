@@ -35,7 +35,7 @@ def _block_types(make: Callable[..., None]) -> Callable[..., None]:
     known: dict[tuple[str, tuple[Any, ...]], dict[str, Any]] = {}
 
     def made(self: Any, element_ty: Any, shape: Any) -> None:
-        key = element_ty.name, tuple(shape)
+        key = element_ty.name, tuple(getattr(size, "value", size) for size in shape)  # of Triton 3.2 some are constants
         if key not in known:
             make(self, element_ty, shape)
             known[key] = dict(vars(self))
