@@ -19,7 +19,7 @@ from trysquare._batches import Batch
 from trysquare._constraints import Constraint
 from trysquare._explain import Explanation, ParameterPlan
 from trysquare._norms import Norms
-from trysquare._rolls import SETTINGS, Roll
+from trysquare._rolls import CHOICES, Roll
 
 Group = dict[str, Any]
 
@@ -382,6 +382,6 @@ class BatchedOptimizer(Norms):
 
 def _kind(batch: Batch) -> Any:
     """What decides which kernels step a batch: everything but its numbers, and whether members have to be copied."""
-    settings = [(name, value) for name, value in batch.group.items() if isinstance(value, SETTINGS)]
+    choices = [(name, value) for name, value in batch.group.items() if isinstance(value, CHOICES)]
     clips = batch.group.get("gradient_clipping") or 0.0
-    return (*_batches.same_kind(batch.parameters[0]), *batch.state, batch.dense, clips > 0, *settings)
+    return (*_batches.same_kind(batch.parameters[0]), *batch.state, batch.dense, clips > 0, *choices)

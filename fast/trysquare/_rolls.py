@@ -15,8 +15,12 @@ from torch import Tensor
 
 from trysquare._batches import Batch
 
-SETTINGS = (bool, int, str, torch.dtype, tuple, type(None))
-"""What decides of a group: floats and tensors are only numbers to compute with."""
+CHOICES = (bool, int, str, torch.dtype, type(None))
+"""What of a group selects a formula."""
+
+SETTINGS = (*CHOICES, tuple)
+"""What of it decides who has which state: of a pair of betas, which of them are zero. Floats and tensors are only
+numbers to compute with."""
 
 
 class Roll:
