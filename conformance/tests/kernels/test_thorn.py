@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: it has wheels for Linux only")
 
 from trysquare import kernels
-from trysquare.kernels import _described, _polar_choices
+from trysquare.kernels import _described, _polar_choices, polar
 from trysquare.kernels._polar_choices import Product
 from trysquare.thorn import THORN
 
@@ -37,6 +37,28 @@ def test_a_step_of_matrices_is_so_many_launches() -> None:
         *("_advance", "_accumulate", "_norms", "_normalize", "_row_squares", "_rates", "_apply")
     }
     assert set(launched(2, orthogonalize=False)) == {"_advance", "_weigh", "_step"}
+
+
+def test_new_betas_are_rehearsed_no_more_than_a_new_rate() -> None:
+    """A scheduler may cycle both in every step."""
+    parameter = torch.nn.Parameter(torch.ones(4, 6))
+    with kernels.recording():
+        optimizer = THORN([{"params": [parameter], "orthogonalize": True}], backend="triton", none_grad=False)
+        parameter.grad = torch.ones(4, 6)
+        optimizer.step()
+        rehearsed = set(optimizer._rehearsed)
+        optimizer.param_groups[0].update(lr=0.5, betas=(0.8, 0.9))
+        optimizer.step()
+    assert optimizer._rehearsed == rehearsed
+
+
+@pytest.mark.parametrize("tile", [choice.tile for choice in _polar_choices.POINTERS])
+def test_a_tile_by_pointers_is_that_which_was_chosen(tile: _polar_choices.Tile) -> None:
+    x = torch.zeros(1, 512, 512, dtype=torch.bfloat16)
+    with kernels.recording() as launches:
+        polar.symmetric_product(x, x, tile)
+        (launch,) = launches
+    assert (launch.constants["SIDE"], launch.constants["INNER"]) == (tile.side, tile.inner)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

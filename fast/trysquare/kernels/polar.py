@@ -58,8 +58,7 @@ def symmetric_product(
     if tile.wide:
         x = described(left, tile.side, tile.inner)
         y = x if right is left and tile.wide == 1 else described(right, tile.side * tile.wide, tile.inner)
-    if x is None or y is None:
-        tile = _polar_choices.by_pointers(tile)
+        tile = tile if x is not None and y is not None else _polar_choices.by_pointers(tile)
     rows = cdiv(size, tile.side * max(1, tile.wide))
     triangle = max(1, tile.wide) * rows * (rows + 1) // 2
     constants = {"DTYPE": DTYPES[left.dtype], "SIDE": tile.side, "INNER": tile.inner}
