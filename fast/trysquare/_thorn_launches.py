@@ -16,11 +16,9 @@ from trysquare import _batches
 from trysquare._batches import Batch, Members
 from trysquare.kernels import schedule_free
 from trysquare.kernels import thorn as kernels
+from trysquare.kernels.polar import Products
+from trysquare.ops import polar
 from trysquare.ops import thorn as ops
-
-SCRATCH = 4
-"""Scratch of a matrix, in copies of it in the format of the products: X, its next, and square ones."""
-
 
 # Matrices
 
@@ -49,9 +47,11 @@ def step_matrices(
     scale = ops.scale(rows, columns, group["target_rms"])
     numbers = kernels.numbers_of(first.device, **_named(group), scale=scale, safety_factor=rule.safety_factor)
     finite = _on(batch, finite)
-    most = max(1, workspace // (SCRATCH * rule.matmul_dtype.itemsize * first.numel()))
+    products = Products(min(rows, columns), rule.matmul_dtype, first.device)
+    scratch = own.each * polar.scratch(rule.form, rows, columns) * rule.matmul_dtype.itemsize
+    most = products.at_once(len(batch.parameters), max(1, workspace // max(1, scratch)), own.each)
     for bucket in _matrices(batch, workspace, most):
-        kernels.step_(bucket.matrices, own, numbers, finite, rule, rectifies=group["rectify"])
+        kernels.step_(bucket.matrices, own, numbers, finite, rule, products, rectifies=group["rectify"])
         bucket.store()
 
 

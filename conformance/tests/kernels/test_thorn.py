@@ -14,6 +14,7 @@ from trysquare.kernels._polar_choices import Product
 from trysquare.thorn import THORN
 
 CPU = torch.device("cpu")
+PRODUCTS: tuple[Product, ...] = ("gram", "square")
 
 
 def launched(count: int, *, orthogonalize: bool) -> Counter[str]:
@@ -74,11 +75,21 @@ def test_hopper_describes_its_operands() -> None:
     """Which leaves XXᵀ of small matrices to cuBLAS."""
     with kernels.recording((9, 0)):
         assert _polar_choices.of_symmetric("gram", 767, torch.bfloat16, CPU) is None
-        for product, wide in (("gram", 2), ("square", 1)):
-            choice = _polar_choices.of_symmetric(product, 768, torch.bfloat16, CPU)
-            assert choice is not None
-            assert (choice.tile.wide, choice.source) == (wide, _polar_choices.MEASURED)
-            assert _polar_choices.by_pointers(choice.tile).wide == 0
+        for rows, wide in ((768, 1), (2048, 2)):
+            for product in PRODUCTS:
+                choice = _polar_choices.of_symmetric(product, rows, torch.bfloat16, CPU)
+                assert choice is not None
+                assert (choice.tile.wide, choice.source) == (wide, _polar_choices.MEASURED)
+                assert _polar_choices.by_pointers(choice.tile).wide == 0
+
+
+def test_parts_of_a_batch_leave_no_place_idle() -> None:
+    """72 programs a matrix in 132 places: eleven fill six rounds, and 84 as parts of 18 would take one more."""
+    assert polar._at_once(84, 18, 72, 132) == 11
+    assert polar._at_once(84, 10, 72, 132) == 9
+    assert polar._at_once(5, 3, 132, 132) == 3
+    assert polar.Products(64, torch.float64, CPU).at_once(84, 18) == 18
+    assert polar.Products(2048, torch.bfloat16, CPU).at_once(18, 18) == 18
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -100,7 +111,8 @@ def test_other_products_are_cublas(product: Product, dtype: torch.dtype) -> None
     ],
 )
 def test_what_can_be_described(view: Callable[[torch.Tensor], torch.Tensor], expected: bool) -> None:
-    pytest.importorskip("triton.tools.tensor_descriptor", reason="Triton has had descriptors since 3.4")
+    if _described.TensorDescriptor is None:
+        pytest.skip("Triton has had descriptors that serve since 3.5")
     x = view(torch.zeros(2, 16, 24, dtype=torch.bfloat16))
     found = _described.described(x, 16, 16)
     assert (found is not None) is expected

@@ -50,7 +50,7 @@ def _products(polar: Any) -> None:
     plant.add("kernel-mirror-not-transposed", "a tile is mirrored as it is", polar, "transposed", lambda _: _same)
     plant.add("kernel-diagonal-unequal", "tiles on the diagonal are not made equal", polar, "symmetric", _first)
     plant.add("kernel-one-tile", "every program computes the first tile", polar, "tile_of", _always_first)
-    plant.add("kernel-tile-over-tile", "the second of two tiles is stored over the first", polar, "store_tile", _over)
+    plant.add("kernel-tile-over-tile", "the second of two tiles is stored over the first", polar, "store_block", _over)
     plant.add("kernel-first-block", "every described block is the first of its rows", polar, "block_of", _at_start)
     plant.add("kernel-last-terms", "the tail of the sums is left out", polar, "symmetric_product", _without_tail)
     plant.add(
@@ -71,8 +71,8 @@ def _first(_: Any) -> Any:
 
 
 def _over(f: Any) -> Any:
-    return lambda total, base, out, numbers, batch, i, j, *rest: f(
-        total, base, out, numbers, batch, i, j - j % 2, *rest
+    return lambda total, base, out, beta, alpha, batch, i, j, *rest: f(
+        total, base, out, beta, alpha, batch, i, j - j % 2, *rest
     )
 
 

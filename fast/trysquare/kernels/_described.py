@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trysquare.kernels._launch import ALIGNMENT
+from trysquare.kernels._launch import ALIGNMENT, TRITON
 
-try:
+if TRITON >= (3, 5):  # before, there are none, or the kernels that use them do not fit into registers
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ModuleNotFoundError:  # until Triton 3.4
+else:
     TensorDescriptor = None
 
 

@@ -2,8 +2,9 @@
 
 - Half work leaves (T + 1)/2T of a product, T = n/tile. At n = 512 that is 0.63 with tiles of 128 and 0.56 with tiles of
   64, which however read each factor twice as often; below it a product is over before its launch is.
-- XXᵀ alone is what cuBLAS does best: at 797 TFLOP/s on an H100, bA + cA² at 600. Against that it takes the copy engine
-  and two tiles at once.
+- XXᵀ alone is what cuBLAS does best: at 808 TFLOP/s on an H100 where rows are long, bA + cA² at 560. Against that it
+  takes the copy engine both ways, and programs that begin a tile while the one before is written.
+- Two tiles at once fetch less, but compute more that lies above the diagonal: worth it from 2048 rows on.
 - βX + QX has no symmetry to use: cuBLAS.
 - Products of float32 numbers run without tensor cores here, in cuBLAS by what `torch.backends` allows: cuBLAS. So does
   float64.
@@ -11,6 +12,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -48,25 +50,29 @@ class Choice(NamedTuple):
     source: str
 
 
-ONE, TWO = Tile(128, 64, 4, 3, wide=1), Tile(128, 64, 8, 3, wide=2)
+ONE, TWO = Tile(128, 64, 8, 4, wide=1), Tile(128, 64, 8, 3, wide=2)
 POINTERS = (Choice(512, Tile(64, 64, 4, 3), BY_RULE), Choice(1024, Tile(128, 32, 8, 3), BY_RULE))
 
 TABLE: dict[tuple[int, int], dict[Product, tuple[Choice, ...]]] = {
     (9, 0): {
-        "gram": (Choice(768, TWO, MEASURED),),
-        "square": (Choice(512, ONE, BY_RULE), Choice(768, ONE, MEASURED)),
+        "gram": (Choice(768, ONE, MEASURED), Choice(1536, TWO, BY_RULE), Choice(2048, TWO, MEASURED)),
+        "square": (
+            *(Choice(512, ONE, BY_RULE), Choice(768, ONE, MEASURED)),
+            *(Choice(1536, TWO, BY_RULE), Choice(2048, TWO, MEASURED)),
+        ),
     },
 }
 """The symmetric kernel on half-precision operands, for each compute capability; the last entry that fits counts.
 
-On an H100, torch 2.11 and Triton 3.6, cuBLAS took so many times as long for XXᵀ and bA + cA²: 1.12 and 1.93 at n = 768
-(84 matrices), 1.26 and 1.70 at 1024 × 2048 (56), 1.43 and 1.65 at 2048 (28), 1.53 and 1.72 at 2048 × 6144 (28).
+On an H100, torch 2.11 and Triton 3.6, cuBLAS took so many times as long for XXᵀ and bA + cA²: 1.00 and 1.65 at n = 768
+(84 matrices), 1.28 and 1.76 at 1024 × 2048 (28), 1.64 and 1.94 at 2048 (28), 1.55 and 2.06 at 2048 × 6144 (17).
 """
 
 OTHERWISE: dict[Product, tuple[Choice, ...]] = {"gram": POINTERS, "square": POINTERS}
 """Elsewhere: pointers, and tiles that take less on-chip memory."""
 
 INTERPRETED_ROWS = 24
+INTERPRETED_PLACES = 4
 INTERPRETED: dict[Product, Tile] = {"gram": Tile(16, 32, 4, 1, wide=2), "square": Tile(16, 32, 4, 1, wide=1)}
 """In Triton's interpreter nothing is fast. So that kernels are tested there, by the same choice, both products run by
 them from a few rows on, in float32 too, and on tiles so small that there are several."""
@@ -81,6 +87,19 @@ def of_symmetric(product: Product, rows: int, dtype: torch.dtype, device: torch.
         return None
     fitting = [choice for choice in _table(device)[product] if choice.rows <= rows]
     return fitting[-1] if fitting else None
+
+
+def places(device: torch.device, tile: Tile) -> int:
+    """How many programs of a tile run at a time: by descriptors one on a multiprocessor, whose memory it fills."""
+    if device.type != "cuda":
+        return INTERPRETED_PLACES
+    each = 1 if tile.wide else 8 // tile.warps
+    return each * _multiprocessors(device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def by_pointers(tile: Tile) -> Tile:
@@ -106,7 +125,7 @@ def in_words(rows: int, dtype: torch.dtype, device: torch.device) -> str:
 
 # Measuring, on a GPU and only when asked for
 
-CANDIDATES = (ONE, TWO, ONE._replace(warps=8), Tile(64, 64, 4, 3), Tile(128, 32, 8, 3), Tile(128, 64, 8, 4))
+CANDIDATES = (ONE, TWO, TWO._replace(stages=2), Tile(64, 64, 4, 3), Tile(128, 32, 8, 3), Tile(128, 64, 8, 4))
 ROUNDS = 20
 
 

@@ -6,6 +6,9 @@ Only tiles on and below the diagonal are computed; the transposed tile is stored
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -13,7 +16,7 @@ from triton import language as tl
 
 from trysquare.kernels import _polar_choices
 from trysquare.kernels._arithmetic import dotted, narrowed, widened
-from trysquare.kernels._described import described
+from trysquare.kernels._described import Described, described
 from trysquare.kernels._launch import DTYPES, cdiv, floats, launch
 from trysquare.kernels._polar_choices import Tile
 from trysquare.ops import polar
@@ -23,6 +26,7 @@ class Products(polar.Products):
     """Those of `ops.polar`, each by the kernel or by cuBLAS as the table of `_polar_choices` says for so many rows."""
 
     def __init__(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._rows, self._device = rows, device
         self._gram = _polar_choices.of_symmetric("gram", rows, dtype, device)
         self._square = _polar_choices.of_symmetric("square", rows, dtype, device)
 
@@ -36,6 +40,30 @@ class Products(polar.Products):
             return super().add_multiple(base, left, right, beta, alpha)
         return symmetric_product(left, right, self._square.tile, base, beta, alpha)
 
+    def at_once(self, members: int, most: int, each: int = 1) -> int:
+        """How many members of so many matrices are multiplied at a time: ``most``, or fewer that keep a GPU busier."""
+        if self._square is None or members <= most:
+            return most
+        tile = self._square.tile
+        return _at_once(members, most, each * _triangle(self._rows, tile), _polar_choices.places(self._device, tile))
+
+
+@functools.lru_cache(maxsize=1024)
+def _at_once(members: int, most: int, programs: int, places: int) -> int:
+    """The size of parts, up to ``most``, whose programs take the fewest rounds in so many places; else the largest."""
+
+    def rounds(size: int) -> int:
+        whole, rest = divmod(members, size)
+        return whole * cdiv(size * programs, places) + cdiv(rest * programs, places)
+
+    return min(range(most, 0, -1), key=rounds)
+
+
+def _triangle(size: int, tile: Tile) -> int:
+    """The tiles, or pairs of them, of a lower triangle."""
+    rows = cdiv(size, tile.side * max(1, tile.wide))
+    return max(1, tile.wide) * rows * (rows + 1) // 2
+
 
 def symmetric_product(
     left: Tensor, right: Tensor, tile: Tile, base: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
@@ -45,7 +73,7 @@ def symmetric_product(
     Args:
         left: (B, n, k) with any strides; half precision or float32. Sums are of float32 numbers.
         right: Of the same shape and dtype.
-        tile: How; what cannot be described is read through pointers, by a tile for these.
+        tile: How; what cannot be described is read and written through pointers, by a tile for these.
         base: (B, n, n), symmetric; None: 0.
         beta: β, a factor of ``base``.
         alpha: α.
@@ -54,23 +82,50 @@ def symmetric_product(
     out = torch.empty(batch, size, size, dtype=left.dtype, device=left.device)
     base = None if base is None else base.contiguous()
     numbers = floats(left.device, beta, alpha)
-    x = y = None
     if tile.wide:
-        x = described(left, tile.side, tile.inner)
-        y = x if right is left and tile.wide == 1 else described(right, tile.side * tile.wide, tile.inner)
-        tile = tile if x is not None and y is not None else _polar_choices.by_pointers(tile)
-    rows = cdiv(size, tile.side * max(1, tile.wide))
-    triangle = max(1, tile.wide) * rows * (rows + 1) // 2
+        blocks = _blocks(left, right, base, out, tile)
+        if blocks is not None:
+            _multiply_blocks(blocks, numbers, batch, size, inner, tile)
+            return out
+        tile = _polar_choices.by_pointers(tile)
+    triangle = _triangle(size, tile)
+    arguments = left, right, base, out, numbers, size, inner, triangle, *left.stride(), *right.stride()
     constants = {"DTYPE": DTYPES[left.dtype], "SIDE": tile.side, "INNER": tile.inner}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    if x is not None and y is not None:
-        constants |= {"WIDE": tile.wide, "LEFT_ROWS": x.by_rows, "RIGHT_ROWS": y.by_rows}
-        of_blocks = out, x.descriptor, y.descriptor, base, numbers, size, inner, triangle
-        launch(_symmetric_product_of_blocks, batch * triangle, *of_blocks, constants=constants, **options)
-        return out
-    arguments = left, right, base, out, numbers, size, inner, triangle, *left.stride(), *right.stride()
     launch(_symmetric_product, batch * triangle, *arguments, constants=constants, **options)
     return out
+
+
+class Blocks(NamedTuple):
+    """Descriptors of a product."""
+
+    left: Described
+    right: Described
+    base: Described | None
+    out: Described
+
+
+def _blocks(left: Tensor, right: Tensor, base: Tensor | None, out: Tensor, tile: Tile) -> Blocks | None:
+    """None where one cannot be described."""
+    x = described(left, tile.side, tile.inner)
+    y = x if right is left and tile.wide == 1 else described(right, tile.side * tile.wide, tile.inner)
+    written = described(out, tile.side, tile.side)
+    added = None if base is None else described(base, tile.side, tile.side)
+    if x is None or y is None or written is None or (base is not None and added is None):
+        return None
+    return Blocks(x, y, added, written)
+
+
+def _multiply_blocks(blocks: Blocks, numbers: Tensor, batch: int, size: int, inner: int, tile: Tile) -> None:
+    triangle = _triangle(size, tile)
+    programs = min(batch * triangle, _polar_choices.places(numbers.device, tile))
+    base = None if blocks.base is None else blocks.base.descriptor
+    descriptors = blocks.left.descriptor, blocks.right.descriptor, base, blocks.out.descriptor
+    constants = {"DTYPE": DTYPES[blocks.out.descriptor.base.dtype], "SIDE": tile.side, "INNER": tile.inner}
+    constants |= {"WIDE": tile.wide, "LEFT_ROWS": blocks.left.by_rows, "RIGHT_ROWS": blocks.right.by_rows}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    arguments = numbers, *descriptors, size, inner, triangle, batch * triangle
+    launch(_symmetric_product_of_blocks, programs, *arguments, constants=constants, **options)
 
 
 @triton.jit
@@ -114,14 +169,15 @@ def _symmetric_product(
 
 @triton.jit
 def _symmetric_product_of_blocks(
-    out,
+    numbers,
     left,
     right,
     base,
-    numbers,
+    out,
     size,
     inner,
     triangle,
+    tiles,
     DTYPE: tl.constexpr,
     SIDE: tl.constexpr,
     INNER: tl.constexpr,
@@ -129,26 +185,29 @@ def _symmetric_product_of_blocks(
     LEFT_ROWS: tl.constexpr,
     RIGHT_ROWS: tl.constexpr,
 ):
-    """Operands whose blocks a Hopper GPU's copy engine fetches, one tile or two beside each other.
+    """Operands whose blocks a Hopper GPU's copy engine fetches, and a result that it writes, one tile or two at once.
 
     Two need less to be fetched for as many products; of those that reach over the diagonal, what lies above it is lost.
+    A program computes one place after the other: the first blocks of the next are on their way while the sums of this
+    one are written. For that Triton makes one loop of both, which must not branch.
     """
-    batch, index = tl.program_id(0) // triangle, tl.program_id(0) % triangle
-    down, j = tile_of(index // WIDE)
-    i = down * WIDE + index % WIDE
-    total = tl.zeros((SIDE, SIDE * WIDE), dtype=tl.float32)
-    for start in range(0, inner, INNER):
-        x = block_of(left, batch, i * SIDE, start, SIDE, INNER, LEFT_ROWS)
-        y = block_of(right, batch, j * SIDE * WIDE, start, SIDE * WIDE, INNER, RIGHT_ROWS)
-        total = dotted(x, tl.trans(y), total)
-    if WIDE == 1:
-        store_tile(total, base, out, numbers, batch.to(tl.int64), i, j, size, DTYPE, SIDE)
-    else:
-        first, second = tl.split(tl.permute(tl.reshape(total, (SIDE, 2, SIDE)), (0, 2, 1)))
-        if 2 * j <= i:
-            store_tile(first, base, out, numbers, batch.to(tl.int64), i, 2 * j, size, DTYPE, SIDE)
-        if 2 * j + 1 <= i:
-            store_tile(second, base, out, numbers, batch.to(tl.int64), i, 2 * j + 1, size, DTYPE, SIDE)
+    beta = tl.load(numbers).to(tl.float32)
+    alpha = tl.load(numbers + 1).to(tl.float32)
+    for program in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        batch, index = program // triangle, program % triangle
+        down, j = tile_of(index // WIDE)
+        i = down * WIDE + index % WIDE
+        total = tl.zeros((SIDE, SIDE * WIDE), dtype=tl.float32)
+        for start in range(0, inner, INNER):
+            x = block_of(left, batch, i * SIDE, start, SIDE, INNER, LEFT_ROWS)
+            y = block_of(right, batch, j * SIDE * WIDE, start, SIDE * WIDE, INNER, RIGHT_ROWS)
+            total = dotted(x, tl.trans(y), total)
+        if WIDE == 1:
+            store_block(total, base, out, beta, alpha, batch, i, j, size, DTYPE, SIDE)
+        else:
+            first, second = tl.split(tl.permute(tl.reshape(total, (SIDE, 2, SIDE)), (0, 2, 1)))
+            store_block(first, base, out, beta, alpha, batch, i, 2 * j, size, DTYPE, SIDE)
+            store_block(second, base, out, beta, alpha, batch, i, 2 * j + 1, size, DTYPE, SIDE)
 
 
 @triton.jit
@@ -162,8 +221,29 @@ def block_of(operand, batch, row, start, ROWS: tl.constexpr, INNER: tl.constexpr
 
 
 @triton.jit
+def store_block(total, base, out, beta, alpha, batch, i, j, size, DTYPE: tl.constexpr, SIDE: tl.constexpr):
+    """α times a tile of sums and β times the base, described: where it belongs, and at the mirrored place.
+
+    What is not to be written is put beyond the last row, where descriptors write nothing: a tile above the diagonal,
+    and the mirrored one of those on it.
+    """
+    found = total * alpha
+    if base is not None:
+        addend = tl.reshape(base.load([batch, i * SIDE, j * SIDE]), (SIDE, SIDE))
+        found += widened(addend, tl.float32) * beta
+    rounded = narrowed(found, DTYPE)
+    mirrored = transposed(rounded)
+    along = tl.arange(0, SIDE)
+    rounded = symmetric(rounded, mirrored, (along[:, None] < along[None, :]) & (i == j))
+    row = tl.where(j <= i, i * SIDE, size)
+    out.store([batch, row, j * SIDE], tl.reshape(rounded, (1, SIDE, SIDE)))
+    row = tl.where(j < i, j * SIDE, size)
+    out.store([batch, row, i * SIDE], tl.reshape(mirrored, (1, SIDE, SIDE)))
+
+
+@triton.jit
 def store_tile(total, base, out, numbers, batch, i, j, size, DTYPE: tl.constexpr, SIDE: tl.constexpr):
-    """α times a tile of sums and β times the base, where it belongs and at the mirrored place."""
+    """The same through pointers."""
     row = i * SIDE + tl.arange(0, SIDE)
     column = j * SIDE + tl.arange(0, SIDE)
     found = total * tl.load(numbers + 1).to(tl.float32)

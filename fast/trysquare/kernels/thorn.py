@@ -70,7 +70,14 @@ def numbers_of(
 
 
 def step_(
-    bucket: Matrices, shape: Shape, numbers: Tensor, finite: Tensor | None, rule: Rule, *, rectifies: bool
+    bucket: Matrices,
+    shape: Shape,
+    numbers: Tensor,
+    finite: Tensor | None,
+    rule: Rule,
+    products: Products,
+    *,
+    rectifies: bool,
 ) -> None:
     """Step every member in place, the steps of which are counted already; ``gradients`` are only read.
 
@@ -80,11 +87,14 @@ def step_(
         numbers: As `numbers_of` makes them.
         finite: Where it is false nothing is written; 0-dim, None: true.
         rule: Coefficients, form and dtype of the products.
+        products: Of matrices of this shape.
         rectifies: Whether the rate is rectified.
     """
-    x = prepare_(bucket, shape, numbers, finite, rule.matmul_dtype)
-    products = Products(min(shape.rows, shape.columns), x.dtype, x.device)
-    x = polar.iterated(x, rule.coefficients, rule.form, products).contiguous()
+    # no name for what X was: its memory is free as soon as it has been multiplied
+    x = polar.evaluator(rule.form)(
+        polar.widthwise(prepare_(bucket, shape, numbers, finite, rule.matmul_dtype)), rule.coefficients, products
+    )
+    x = (x.mT if shape.rows > shape.columns else x).contiguous()
     apply_(bucket, shape, x, numbers, finite, rectifies=rectifies)
 
 

@@ -7,7 +7,7 @@ formed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -75,18 +75,26 @@ def polar_factor(
     dtype = choose_matmul_dtype(u.dtype, u.device) if matmul_dtype is None else matmul_dtype
     form = choose_form(rows, columns, u.device, dtype, len(coefficients)) if form is None else form
     x = normalized(u, safety_factor, eps, dtype)
-    x = x.mT if rows > columns else x
-    x = gram_form(x, coefficients) if form == "gram" else standard_form(x, coefficients)
+    x = evaluator(form)(widthwise(x), coefficients)
     found = _scratch.empty(_scratch.UPDATE, u.shape, u.dtype, u.device)
     return found.copy_(x.mT if rows > columns else x)
 
 
-def iterated(x: Tensor, coefficients: Sequence[Coefficients], form: str, products: Products) -> Tensor:
-    """One quintic after the other on an X of any shape that is normalised already; contiguous if X is."""
-    tall = x.shape[-2] > x.shape[-1]
-    evaluate = gram_form if form == "gram" else standard_form
-    found = evaluate(x.mT if tall else x, coefficients, products)
-    return found.mT if tall else found
+def evaluator(form: str) -> Callable[..., Tensor]:
+    """What iterates in a form: of an X that is normalised and no taller than wide, coefficients, and products."""
+    return gram_form if form == "gram" else standard_form
+
+
+def widthwise(x: Tensor) -> Tensor:
+    """X, transposed where it is taller than wide."""
+    return x.mT if x.shape[-2] > x.shape[-1] else x
+
+
+def scratch(form: str, rows: int, columns: int) -> int:
+    """Elements that are held at the same time while a matrix is iterated on: X, its next, and square ones."""
+    n, m = min(rows, columns), max(rows, columns)
+    squares = 4 if form == "gram" else 2
+    return n * max(m + squares * n, 2 * m + n)
 
 
 def choose_matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -188,7 +196,9 @@ def quintic(x: Tensor, coefficients: Coefficients, products: Products = BY_TORCH
         r.become_gram_(x)
         return multiplied(z.add_multiple_(r, r, r, b, c).add_to_diagonal_(a).whole, x)
     gram = products.gram(x)
-    return multiplied(products.add_multiple(gram, gram, gram, b, c), x, a)
+    q = products.add_multiple(gram, gram, gram, b, c)
+    del gram
+    return multiplied(q, x, a)
 
 
 def multiplied(q: Tensor, x: Tensor, beta: float = 0.0) -> Tensor:
@@ -224,15 +234,15 @@ def _multiplier(x: Tensor, coefficients: Sequence[Coefficients], products: Produ
     """Q after iterations that start from R = XXᵀ and Q = I."""
     r = products.gram(x)
     a, b, c = coefficients[0]
-    z = products.add_multiple(r, r, r, b, c)
-    q = _plus_identity(z, a)
+    z, q = products.add_multiple(r, r, r, b, c), None
     for following in coefficients[1:]:
-        rz = products.add_multiple(r, r, z, a)
-        r = products.add_multiple(rz, z, rz, a)
+        r = products.add_multiple(r, r, z, a)
+        r = products.add_multiple(r, z, r, a)
+        q = _plus_identity_(z, a) if q is None else q
         a, b, c = following
         z = products.add_multiple(r, r, r, b, c)
         q = products.add_multiple(q, q, z, a)
-    return q
+    return _plus_identity_(z, a) if q is None else q
 
 
 def _multiplier_by_panels(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
@@ -253,10 +263,9 @@ def _multiplier_by_panels(x: Tensor, coefficients: Sequence[Coefficients]) -> Te
     return q.whole
 
 
-def _plus_identity(z: Tensor, a: float) -> Tensor:
-    """aI + Z, a new tensor."""
+def _plus_identity_(z: Tensor, a: float) -> Tensor:
+    """aI + Z, in the place of Z."""
     if torch.compiler.is_compiling():
         return torch.add(z, torch.eye(z.shape[-1], dtype=z.dtype, device=z.device), alpha=a)
-    found = z.clone()
-    found.diagonal(dim1=-2, dim2=-1).add_(a)
-    return found
+    z.diagonal(dim1=-2, dim2=-1).add_(a)
+    return z
