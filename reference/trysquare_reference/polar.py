@@ -20,10 +20,12 @@ $$ X = \frac{u}{(1 + \text{safety})\,\max(n, \varepsilon)} . $$
 Its **Gram form** computes the same polynomials from $R = X X^\top$ alone, which is cheaper where $X$ is much longer
 than wide. From $Q = I$, for each $a, b, c$:
 
-$$ Z = bR + cR^2, \qquad Q \leftarrow QZ + aQ, \qquad RZ = R\,Z + aR, \qquad R \leftarrow Z\,(RZ) + a\,(RZ), $$
+$$ Z = bR + cR^2, \qquad Q \leftarrow ZQ + aQ, \qquad RZ = R\,Z + aR, \qquad R \leftarrow Z\,(RZ) + a\,(RZ), $$
 
 and the result is $QX$. Rounding grows in $Q$; so before the iterations whose index, from 0, is in the restart set,
-$X \leftarrow QX$, $R \leftarrow X X^\top$, $Q \leftarrow I$.
+$X \leftarrow QX$, $R \leftarrow X X^\top$, $Q \leftarrow I$. All of these are polynomials in $R$ and commute, but for
+their rounding: what that of a multiplier $aI + Z$ adds to small singular values is enlarged by those behind it. So $Q$
+takes up each from the left, in the order in which $X$ would.
 
 ## Symbols
 
@@ -158,7 +160,7 @@ def _gram_form(X: Array, coefficients: Sequence[tuple[float, float, float]], res
             X = Q @ X
             R, Q = X @ X.mT, identity
         Z = b * R + c * (R @ R)
-        Q = Q @ Z + a * Q
+        Q = Z @ Q + a * Q
         RZ = R @ Z + a * R
         R = Z @ RZ + a * RZ
     return Q @ X

@@ -247,6 +247,18 @@ def test_nothing_grows_out_of_the_rounding_of_a_matrix_without_full_rank(rank: i
     assert singular_values(found).max().item() <= 2 * (1 + SAFETY)
 
 
+@pytest.mark.parametrize("shape", [(256, 512), (512, 256), (520, 640), (640, 520)])
+@pytest.mark.parametrize("iters", [5, 8])
+def test_without_full_rank_either_form_is_about_as_right(shape: tuple[int, int], iters: int) -> None:
+    """Multipliers of the Gram form commute but for their rounding, which in the wrong order is enlarged eightfold."""
+    rows, columns = shape
+    rank = min(shape) // 2
+    u = (normal((rows, rank), 0) @ normal((rank, columns), 1)).unsqueeze(0)
+    exact = factor(u.double(), iters)
+    standard, gram = (factor(u, iters, matmul_dtype=torch.bfloat16, form=form).double() for form in FORMS)
+    assert (gram - exact).norm() < 2 * (standard - exact).norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_elongated_matrices_take_the_gram_form(dtype: torch.dtype) -> None:
     cpu = torch.device("cpu")
@@ -332,3 +344,14 @@ def test_the_quintics_error_is_level(lower: float) -> None:
     signs = (1, -1, 1, -1)
     reached = [polar_express.value(triple, x) for x in points]
     assert_same(reached, [1 - sign * level for sign in signs], scale=max(map(abs, triple)))
+
+
+@pytest.mark.parametrize("iters", [2, 3, 5, 8])
+def test_the_gram_form_takes_up_a_norm_that_was_not_divided_by(iters: int) -> None:
+    """By powers of two, which change no digit."""
+    x = torch.randn(3, 6, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x /= torch.linalg.matrix_norm(x)[:, None, None]
+    coefficients = [polar.MUON_COEFFICIENTS] * iters
+    norm = 2.0 ** torch.tensor([-9.0, 0.0, 5.0], dtype=torch.float64)
+    found = polar.gram_form(x * norm[:, None, None], coefficients, inverse=1 / norm)
+    assert torch.equal(found, polar.gram_form(x, coefficients))

@@ -1,6 +1,7 @@
 """Every configuration of THORN that is checked; `thorn_steps` says how each takes a step."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -301,11 +302,23 @@ def standard() -> tuple[Case, ...]:
     everything = pairwise({**FORMULAS, **NUMBERS}, allowed)
     hostile = pairwise(HOSTILE, allowed)
     return (
+        *large(),
         *(case("standard", *_by_kind(choice), **choice, family="pair", steps=2) for choice in formulas),
         *(case("standard", COMPILED_LAST, INTERPRETED_LAST, **choice) for choice in everything),
         *(case("standard", COMPILED_LAST, *_by_kind(choice), **choice) for choice in hostile),
         *(case("standard", COMPILED_LAST, INTERPRETED_LAST, **choice) for choice in _long(formulas)),
     )
+
+
+def large() -> Iterator[Case]:
+    """Matrices with as many rows as GPUs have kernels of their own for; without decay, which a sign decides on.
+
+    Of a million entries some are so near zero that a step decays them and no draw does.
+    """
+    for tier, shape in (("standard", (512, 640)), ("exhaustive", (1920, 640)), ("exhaustive", (1536, 1792))):
+        plain = {"kind": "ortho", "weight_decay": 0.0, "matmul_dtype": "bfloat16", "steps": 1}
+        found = case(tier, ("eager-*", "exhaustive"), **plain, shapes=(shape,))
+        yield replace(found, lanes=("eager-*", "triton-cuda"))
 
 
 def _by_kind(choice: Choice) -> list[tuple[str, str]]:

@@ -58,6 +58,7 @@ def _products(polar: Any) -> None:
     )
     plant.add("kernel-beta-lost", "β is 0 in β·base + α·LRᵀ", polar, "symmetric_product", _times(0.0, 1.0))
     plant.add("kernel-alpha-lost", "α is 1", polar, "symmetric_product", _times(1.0, None))
+    plant.add("kernel-scale-lost", "what was not normalised is not scaled either", polar, "factors_of", _unscaled)
     plant.add("kernel-base-is-factor", "the left factor is added instead of the base", polar, "symmetric_product", _own)
     plant.add("kernel-tiles-left-out", "tiles beyond the last whole one are left out", polar, "cdiv", _floored)
 
@@ -114,6 +115,10 @@ def _times(first: float, second: float | None) -> Any:
     return planted
 
 
+def _unscaled(f: Any) -> Any:
+    return lambda batch, numbers, _: f(batch, numbers, None)
+
+
 def _own(f: Any) -> Any:
     return lambda left, right, tile, base=None, *numbers: f(left, right, tile, base if base is None else left, *numbers)
 
@@ -127,6 +132,7 @@ def _matrices(thorn: Any) -> None:
     plant.add(
         "kernel-sum-lost", "the last partial sum of squares is not added", thorn, "launch", _after("_accumulate", _drop)
     )
+    plant.add("kernel-all-plain", "matrices of any norm are multiplied as they are", thorn, "is_plain", _always)
     plant.add(
         "kernel-norm-not-kept", "rows are normalised and ‖X‖ is not", thorn, "launch", _after("_rates", _ratios_one)
     )
@@ -179,6 +185,10 @@ def _unrectified(_: Any) -> Any:
 
 def _everywhere(_: Any) -> Any:
     return lambda u, theta, weight_decay: u + theta * weight_decay
+
+
+def _always(_: Any) -> Any:
+    return lambda norm: norm == norm  # noqa: PLR0124  # all but NaN
 
 
 def _by_product(_: Any) -> Any:

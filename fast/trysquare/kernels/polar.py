@@ -30,15 +30,32 @@ class Products(polar.Products):
         self._gram = _polar_choices.of_symmetric("gram", rows, dtype, device)
         self._square = _polar_choices.of_symmetric("square", rows, dtype, device)
 
-    def gram(self, x: Tensor) -> Tensor:
-        """XXᵀ."""
-        return super().gram(x) if self._gram is None else symmetric_product(x, x, self._gram.tile)
+    @property
+    def scale(self) -> bool:
+        """Whether both kinds cost nothing more where they are scaled."""
+        return self._gram is not None and self._square is not None
 
-    def add_multiple(self, base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
-        """β·base + α·left · right of symmetric matrices that commute."""
-        if self._square is None:
-            return super().add_multiple(base, left, right, beta, alpha)
-        return symmetric_product(left, right, self._square.tile, base, beta, alpha)
+    def gram(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """XXᵀ, times a number of each matrix."""
+        if self._gram is None:
+            return super().gram(x, scale)
+        return symmetric_product(x, x, self._gram.tile, scale=scale)
+
+    def add_multiple(
+        self,
+        base: Tensor,
+        left: Tensor,
+        right: Tensor,
+        beta: float,
+        alpha: float = 1.0,
+        scale: Tensor | None = None,
+        *,
+        symmetric: bool = True,
+    ) -> Tensor:
+        """β·base + α·left · right, times a number of each matrix, by the kernel where it is symmetric."""
+        if self._square is None or not symmetric:
+            return super().add_multiple(base, left, right, beta, alpha, scale)
+        return symmetric_product(left, right, self._square.tile, base, beta, alpha, scale)
 
     def at_once(self, members: int, most: int, each: int = 1) -> int:
         """How many members of so many matrices are multiplied at a time: ``most``, or fewer that keep a GPU busier."""
@@ -66,9 +83,15 @@ def _triangle(size: int, tile: Tile) -> int:
 
 
 def symmetric_product(
-    left: Tensor, right: Tensor, tile: Tile, base: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
+    left: Tensor,
+    right: Tensor,
+    tile: Tile,
+    base: Tensor | None = None,
+    beta: float = 0.0,
+    alpha: float = 1.0,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """β·base + α·left · rightᵀ where that is symmetric, as a new contiguous tensor (B, n, n).
+    """s·(β·base + α·left · rightᵀ) where that is symmetric, as a new contiguous tensor (B, n, n).
 
     Args:
         left: (B, n, k) with any strides; half precision or float32. Sums are of float32 numbers.
@@ -77,6 +100,7 @@ def symmetric_product(
         base: (B, n, n), symmetric; None: 0.
         beta: β, a factor of ``base``.
         alpha: α.
+        scale: s of each matrix, (B,), float64 and contiguous; None: 1.
     """
     batch, size, inner = left.shape
     out = torch.empty(batch, size, size, dtype=left.dtype, device=left.device)
@@ -85,11 +109,12 @@ def symmetric_product(
     if tile.wide:
         blocks = _blocks(left, right, base, out, tile)
         if blocks is not None:
-            _multiply_blocks(blocks, numbers, batch, size, inner, tile)
+            _multiply_blocks(blocks, numbers, scale, batch, size, inner, tile)
             return out
         tile = _polar_choices.by_pointers(tile)
     triangle = _triangle(size, tile)
-    arguments = left, right, base, out, numbers, size, inner, triangle, *left.stride(), *right.stride()
+    operands = left, right, base, out, numbers, scale
+    arguments = *operands, size, inner, triangle, *left.stride(), *right.stride()
     constants = {"DTYPE": DTYPES[left.dtype], "SIDE": tile.side, "INNER": tile.inner}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     launch(_symmetric_product, batch * triangle, *arguments, constants=constants, **options)
@@ -116,7 +141,9 @@ def _blocks(left: Tensor, right: Tensor, base: Tensor | None, out: Tensor, tile:
     return Blocks(x, y, added, written)
 
 
-def _multiply_blocks(blocks: Blocks, numbers: Tensor, batch: int, size: int, inner: int, tile: Tile) -> None:
+def _multiply_blocks(
+    blocks: Blocks, numbers: Tensor, scale: Tensor | None, batch: int, size: int, inner: int, tile: Tile
+) -> None:
     triangle = _triangle(size, tile)
     programs = min(batch * triangle, _polar_choices.places(numbers.device, tile))
     base = None if blocks.base is None else blocks.base.descriptor
@@ -124,7 +151,7 @@ def _multiply_blocks(blocks: Blocks, numbers: Tensor, batch: int, size: int, inn
     constants = {"DTYPE": DTYPES[blocks.out.descriptor.base.dtype], "SIDE": tile.side, "INNER": tile.inner}
     constants |= {"WIDE": tile.wide, "LEFT_ROWS": blocks.left.by_rows, "RIGHT_ROWS": blocks.right.by_rows}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    arguments = numbers, *descriptors, size, inner, triangle, batch * triangle
+    arguments = numbers, scale, *descriptors, size, inner, triangle, batch * triangle
     launch(_symmetric_product_of_blocks, programs, *arguments, constants=constants, **options)
 
 
@@ -135,6 +162,7 @@ def _symmetric_product(
     base,
     out,
     numbers,
+    scale,
     size,
     inner,
     triangle,
@@ -164,12 +192,14 @@ def _symmetric_product(
         x = tl.load(left_place + at[None, :] * left_inner, mask=(row < size)[:, None] & here[None, :], other=0.0)
         y = tl.load(right_place + at[:, None] * right_inner, mask=here[:, None] & (column < size)[None, :], other=0.0)
         total = dotted(x, y, total)
-    store_tile(total, base, out, numbers, batch, i, j, size, DTYPE, SIDE)
+    beta, alpha = factors_of(batch, numbers, scale)
+    store_tile(total, base, out, beta, alpha, batch, i, j, size, DTYPE, SIDE)
 
 
 @triton.jit
 def _symmetric_product_of_blocks(
     numbers,
+    scale,
     left,
     right,
     base,
@@ -191,8 +221,6 @@ def _symmetric_product_of_blocks(
     A program computes one place after the other: the first blocks of the next are on their way while the sums of this
     one are written. For that Triton makes one loop of both, which must not branch.
     """
-    beta = tl.load(numbers).to(tl.float32)
-    alpha = tl.load(numbers + 1).to(tl.float32)
     for program in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         batch, index = program // triangle, program % triangle
         down, j = tile_of(index // WIDE)
@@ -202,6 +230,7 @@ def _symmetric_product_of_blocks(
             x = block_of(left, batch, i * SIDE, start, SIDE, INNER, LEFT_ROWS)
             y = block_of(right, batch, j * SIDE * WIDE, start, SIDE * WIDE, INNER, RIGHT_ROWS)
             total = dotted(x, tl.trans(y), total)
+        beta, alpha = factors_of(batch, numbers, scale)
         if WIDE == 1:
             store_block(total, base, out, beta, alpha, batch, i, j, size, DTYPE, SIDE)
         else:
@@ -218,6 +247,16 @@ def block_of(operand, batch, row, start, ROWS: tl.constexpr, INNER: tl.constexpr
     else:
         block = tl.trans(tl.reshape(operand.load([batch, start, row]), (INNER, ROWS)))
     return block
+
+
+@triton.jit
+def factors_of(batch, numbers, scale):
+    """β and α, times the number of a matrix."""
+    beta, alpha = tl.load(numbers), tl.load(numbers + 1)
+    if scale is not None:
+        own = tl.load(scale + batch)
+        beta, alpha = beta * own, alpha * own
+    return beta.to(tl.float32), alpha.to(tl.float32)
 
 
 @triton.jit
@@ -242,17 +281,17 @@ def store_block(total, base, out, beta, alpha, batch, i, j, size, DTYPE: tl.cons
 
 
 @triton.jit
-def store_tile(total, base, out, numbers, batch, i, j, size, DTYPE: tl.constexpr, SIDE: tl.constexpr):
+def store_tile(total, base, out, beta, alpha, batch, i, j, size, DTYPE: tl.constexpr, SIDE: tl.constexpr):
     """The same through pointers."""
     row = i * SIDE + tl.arange(0, SIDE)
     column = j * SIDE + tl.arange(0, SIDE)
-    found = total * tl.load(numbers + 1).to(tl.float32)
+    found = total * alpha
     whole = batch * size * size
     inside = (row < size)[:, None] & (column < size)[None, :]
     place = whole + row.to(tl.int64)[:, None] * size + column[None, :]
     if base is not None:
         addend = widened(tl.load(base + place, mask=inside, other=0.0), tl.float32)
-        found += addend * tl.load(numbers).to(tl.float32)
+        found += addend * beta
     rounded = narrowed(found, DTYPE)
     mirrored = transposed(rounded)
     if i == j:

@@ -33,6 +33,15 @@ PART = 1 << 12
 BLOCK = 256
 """Rows or partial sums that a program of the small launches holds at a time."""
 
+SELDOM = 64
+"""Programs of a matrix for what most matrices need not: they see that, and end."""
+
+FOLDED = (torch.bfloat16, torch.float32)
+"""Formats with the range of float32, whose matrices may be multiplied before they are normalised."""
+
+PLAIN = tl.constexpr(2.0**40)
+"""Norms up to it, and down to 1 over it."""
+
 
 class Matrices(NamedTuple):
     """Parallel lists of contiguous tensors of one shape, and the state of each."""
@@ -90,50 +99,70 @@ def step_(
         products: Of matrices of this shape.
         rectifies: Whether the rate is rectified.
     """
+    folds = products.scale and rule.form == "gram" and rule.matmul_dtype in FOLDED and len(rule.coefficients) > 1
+    inverse = None
+    if folds:
+        slices = len(bucket.parameters) * shape.each
+        inverse = torch.empty(slices, dtype=torch.float64, device=bucket.parameters[0].device)
+    given = (rule.coefficients, products) if inverse is None else (rule.coefficients, products, inverse)
     # no name for what X was: its memory is free as soon as it has been multiplied
     x = polar.evaluator(rule.form)(
-        polar.widthwise(prepare_(bucket, shape, numbers, finite, rule.matmul_dtype)), rule.coefficients, products
+        polar.widthwise(prepare_(bucket, shape, numbers, finite, rule.matmul_dtype, inverse)), *given
     )
     x = (x.mT if shape.rows > shape.columns else x).contiguous()
     apply_(bucket, shape, x, numbers, finite, rectifies=rectifies)
 
 
 def prepare_(
-    bucket: Matrices, shape: Shape, numbers: Tensor, finite: Tensor | None, matmul_dtype: torch.dtype
+    bucket: Matrices,
+    shape: Shape,
+    numbers: Tensor,
+    finite: Tensor | None,
+    matmul_dtype: torch.dtype,
+    inverse: Tensor | None = None,
 ) -> Tensor:
     """m ← β₁m + g; returns u = g + β₁m over (1 + safety)·max(‖u‖_F, ε), (B, R, C) in ``matmul_dtype``.
 
     Squares are added up as float64 numbers, and the quotient is rounded once. u is not kept: the second pass forms it
-    anew from m and g, which is less to move.
+    anew from m and g, which is less to move. Where ``inverse``, (B,) float64, is given there is no second pass: u is
+    returned as it is, and 1 over what it were to be divided by is written there; or, where its squares or those of the
+    quotient might leave the range of float32, the quotient and 1.
     """
     first, count = bucket.momentum_buffers[0], len(bucket.parameters)
     slices = count * shape.each
     elements, device = shape.rows * shape.columns, first.device
     parts = cdiv(elements, PART)
     sums = torch.empty(slices * parts, dtype=torch.float64, device=device)
-    accumulate_(bucket, shape, numbers, finite, sums)
-    norms = torch.empty(slices, dtype=torch.float64, device=device)
-    launch(_norms, slices, sums, numbers, norms, parts, constants={"BLOCK": BLOCK}, num_warps=2)
     x = torch.empty(slices, shape.rows, shape.columns, dtype=matmul_dtype, device=device)
+    accumulate_(bucket, shape, numbers, finite, sums, None if inverse is None else x)
+    norms = torch.empty(slices, dtype=torch.float64, device=device)
+    launch(_norms, slices, sums, numbers, norms, inverse, parts, constants={"BLOCK": BLOCK}, num_warps=2)
     table = Table([bucket.momentum_buffers, bucket.gradients])
     formats = {"GRADIENT": DTYPES[bucket.gradients[0].dtype], "STATE": DTYPES[first.dtype]}
     constants = {**formats, "MATMUL": DTYPES[matmul_dtype], "ALIGNED": _aligned(table, bucket, elements), "TILE": TILE}
-    arguments = table.addresses, numbers, norms, x, count, shape.each, elements
-    programs = slices * cdiv(elements, TILE)
-    launch(_normalize, programs, *arguments, constants=constants, num_warps=warps(TILE))
+    tiles = cdiv(elements, TILE)
+    each = tiles if inverse is None else min(tiles, SELDOM)
+    arguments = table.addresses, numbers, norms, inverse, x, count, shape.each, elements, each
+    launch(_normalize, slices * each, *arguments, constants=constants, num_warps=warps(TILE))
     return x
 
 
 def accumulate_(
-    bucket: Matrices, shape: Shape, numbers: Tensor, finite: Tensor | None, sums: Tensor | None = None
+    bucket: Matrices,
+    shape: Shape,
+    numbers: Tensor,
+    finite: Tensor | None,
+    sums: Tensor | None = None,
+    x: Tensor | None = None,
 ) -> None:
-    """m ← β₁m + g, and Σu² of every part of a matrix into ``sums`` (None: of none)."""
+    """m ← β₁m + g, Σu² of every part of a matrix into ``sums`` (None: of none), and u into ``x`` (None: nowhere)."""
     first, elements = bucket.momentum_buffers[0], shape.rows * shape.columns
     table = Table([bucket.momentum_buffers, bucket.gradients])
     formats = {"GRADIENT": DTYPES[bucket.gradients[0].dtype], "STATE": DTYPES[first.dtype]}
+    formats["MATMUL"] = formats["STATE"] if x is None else DTYPES[x.dtype]
     constants = {**formats, "ALIGNED": _aligned(table, bucket, elements), "PART": PART, "TILE": TILE}
     count, parts = len(bucket.parameters), cdiv(elements, PART)
-    arguments = table.addresses, numbers, finite, sums, count, shape.each, elements, parts
+    arguments = table.addresses, numbers, finite, sums, x, count, shape.each, elements, parts
     launch(_accumulate, count * shape.each * parts, *arguments, constants=constants, num_warps=warps(TILE))
 
 
@@ -148,12 +177,14 @@ def _accumulate(
     numbers,
     finite,
     sums,
+    x,
     count,
     each,
     elements,
     parts,
     GRADIENT: tl.constexpr,
     STATE: tl.constexpr,
+    MATMUL: tl.constexpr,
     ALIGNED: tl.constexpr,
     PART: tl.constexpr,
     TILE: tl.constexpr,
@@ -171,22 +202,37 @@ def _accumulate(
         m = tl.load(m_start + places, mask=here, other=0.0) * beta1 + g
         tl.store(m_start + places, m, mask=moved(here, finite))
         if sums is not None:
-            u = (g + m * beta1).to(tl.float64)
-            total += u * u
+            u = g + m * beta1
+            wide = u.to(tl.float64)
+            total += wide * wide
+            if x is not None:
+                tl.store(x + whole.to(tl.int64) * elements + places, narrowed(u, MATMUL), mask=here)
     if sums is not None:
         tl.store(sums + tl.program_id(0), tl.sum(total))
 
 
 @triton.jit
-def _norms(sums, numbers, norms, parts, BLOCK: tl.constexpr):
-    """(1 + safety)·max(‖u‖_F, ε) of every matrix; NaN stays NaN."""
+def _norms(sums, numbers, norms, inverse, parts, BLOCK: tl.constexpr):
+    """(1 + safety)·max(‖u‖_F, ε) of every matrix; NaN stays NaN. And 1 over it, or 1 where `is_plain` says no."""
     whole = tl.program_id(0)
     total = tl.zeros((BLOCK,), dtype=tl.float64)
     for start in range(0, parts, BLOCK):
         part = start + tl.arange(0, BLOCK)
         total += tl.load(sums + whole.to(tl.int64) * parts + part, mask=part < parts, other=0.0)
     length, eps = tl.sqrt(tl.sum(total)), tl.load(numbers + 3)
-    tl.store(norms + whole, tl.where(length < eps, eps, length) * tl.load(numbers + 9))
+    norm = tl.where(length < eps, eps, length) * tl.load(numbers + 9)
+    tl.store(norms + whole, norm)
+    if inverse is not None:
+        tl.store(inverse + whole, tl.where(is_plain(norm), 1.0 / norm, 1.0))
+
+
+@triton.jit
+def is_plain(norm):
+    """Whether a matrix of this norm may be multiplied before it is divided by it; no for NaN.
+
+    Within, entries whose squares are lost are 2⁻²³ of the norm or less, and change no multiplier.
+    """
+    return (norm > 1.0 / PLAIN) & (norm < PLAIN)
 
 
 @triton.jit
@@ -194,29 +240,35 @@ def _normalize(
     table,
     numbers,
     norms,
+    inverse,
     x,
     count,
     each,
     elements,
+    programs,
     GRADIENT: tl.constexpr,
     STATE: tl.constexpr,
     MATMUL: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """u over its norm, rounded to the format of the products."""
-    parts = tl.cdiv(elements, TILE)
-    whole = tl.program_id(0) // parts
-    places = (tl.program_id(0) % parts).to(tl.int64) * TILE + tl.arange(0, TILE)
-    here = places < elements
+    """u over its norm, rounded to the format of the products; with an inverse, of matrices that are not plain only."""
+    whole = tl.program_id(0) // programs
+    norm = tl.load(norms + whole)
+    end = elements
+    if inverse is not None:
+        end = tl.where(is_plain(norm), 0, elements)
     start = (whole % each).to(tl.int64) * elements
-    m_place = address(table, whole // each, count, 0, STATE, ALIGNED) + start + places
-    g_place = address(table, whole // each, count, 1, GRADIENT, ALIGNED) + start + places
+    m_start = address(table, whole // each, count, 0, STATE, ALIGNED) + start
+    g_start = address(table, whole // each, count, 1, GRADIENT, ALIGNED) + start
     beta1 = tl.load(numbers + 2).to(STATE)
-    g = widened(tl.load(g_place, mask=here, other=0.0), STATE)
-    u = g + tl.load(m_place, mask=here, other=0.0) * beta1
-    found = (u.to(tl.float64) / tl.load(norms + whole)).to(STATE)
-    tl.store(x + whole.to(tl.int64) * elements + places, narrowed(found, MATMUL), mask=here)
+    for offset in range((tl.program_id(0) % programs).to(tl.int64) * TILE, end, programs * TILE):
+        places = offset + tl.arange(0, TILE)
+        here = places < elements
+        g = widened(tl.load(g_start + places, mask=here, other=0.0), STATE)
+        u = g + tl.load(m_start + places, mask=here, other=0.0) * beta1
+        found = (u.to(tl.float64) / norm).to(STATE)
+        tl.store(x + whole.to(tl.int64) * elements + places, narrowed(found, MATMUL), mask=here)
 
 
 # Behind the products

@@ -74,8 +74,11 @@ class Panels:
         self.mirror_()
         return self
 
-    def multiply_(self, left: Panels, right: Panels) -> Panels:
-        """Becomes left · right; may be neither."""
+    def multiply_(self, left: Panels, right: Panels, *, symmetric: bool = True) -> Panels:
+        """Becomes left · right; may be neither. One that is not quite ``symmetric`` is formed whole."""
+        if self.width is not None and not symmetric:
+            torch.bmm(left.whole, right.whole, out=self.whole)
+            return self
         for out, x, y in zip(self.product, left.rows, right.columns, strict=True):
             torch.mm(x, y, out=out)
         self.mirror_()
