@@ -302,7 +302,7 @@ def standard() -> tuple[Case, ...]:
     everything = pairwise({**FORMULAS, **NUMBERS}, allowed)
     hostile = pairwise(HOSTILE, allowed)
     return (
-        *large(),
+        large("standard", (512, 640)),
         *(case("standard", *_by_kind(choice), **choice, family="pair", steps=2) for choice in formulas),
         *(case("standard", COMPILED_LAST, INTERPRETED_LAST, **choice) for choice in everything),
         *(case("standard", COMPILED_LAST, *_by_kind(choice), **choice) for choice in hostile),
@@ -310,15 +310,14 @@ def standard() -> tuple[Case, ...]:
     )
 
 
-def large() -> Iterator[Case]:
-    """Matrices with as many rows as GPUs have kernels of their own for; without decay, which a sign decides on.
+def large(tier: str, shape: tuple[int, int]) -> Case:
+    """A matrix with as many rows as GPUs have kernels of their own for; without decay, which a sign decides on.
 
     Of a million entries some are so near zero that a step decays them and no draw does.
     """
-    for tier, shape in (("standard", (512, 640)), ("exhaustive", (1920, 640)), ("exhaustive", (1536, 1792))):
-        plain = {"kind": "ortho", "weight_decay": 0.0, "matmul_dtype": "bfloat16", "steps": 1}
-        found = case(tier, ("eager-*", "exhaustive"), **plain, shapes=(shape,))
-        yield replace(found, lanes=("eager-*", "triton-cuda"))
+    plain = {"kind": "ortho", "weight_decay": 0.0, "matmul_dtype": "bfloat16", "steps": 1}
+    found = case(tier, ("eager-*", "exhaustive"), **plain, shapes=(shape,))
+    return replace(found, lanes=("eager-*", "triton-cuda"))
 
 
 def _by_kind(choice: Choice) -> list[tuple[str, str]]:
@@ -352,12 +351,13 @@ PRODUCTS: tuple[dict[str, tuple[Any, ...]], ...] = (
 
 
 def exhaustive() -> Iterator[Case]:
-    """The full products: of formulas and shapes; of layouts and schedules; of every kind of input."""
+    """The full products: of formulas and shapes; of layouts and schedules; of every kind of input. And large ones."""
     for factors in PRODUCTS:
         for levels in product(*factors.values()):
             choice = dict(zip(factors, levels, strict=True))
             if allowed(choice):
                 yield case("exhaustive", **{"family": "pair", **choice})
+    yield from (large("exhaustive", shape) for shape in ((1920, 640), (1536, 1792)))
 
 
 class ThornSubject(ThornSteps):
