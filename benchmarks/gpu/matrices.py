@@ -18,7 +18,7 @@ OURS, MUON, GRAM, DION = "THORN", "torch.optim.Muon", "gram-newton-schulz Muon",
 TRANSPOSED, OUR_TRANSPOSED = "cuBLAS, XXᵀ", "trysquare, XXᵀ"
 SQUARED, OUR_SQUARED = "cuBLAS, bA + cA²", "trysquare, bA + cA²"
 B, C = -4.775, 2.0315
-ROTATED = 3
+ROTATED, IN_A_ROW = 3, 12
 KERNELS = "trysquare.kernels.polar"
 
 
@@ -142,7 +142,7 @@ def products(size: shapes.Shape, device: torch.device) -> Work:
         )
         for name, product, absent in rows
     )
-    title = "products of {} matrices of {} × {}, bfloat16".format(*size)
+    title = "{} products in a row of {} matrices of {} × {}, bfloat16".format(IN_A_ROW, *size)
     inputs = functools.cache(lambda: [_symmetric(size, device, seed) for seed in range(ROTATED)])
     return Work("products", title, "relative distance to the float64 product", inputs, tuple(entries))
 
@@ -161,7 +161,14 @@ def _kernels(rows: int, device: torch.device) -> Any:
 
 
 def _multiplying(product: Callable[[torch.Tensor], torch.Tensor], inputs: list[torch.Tensor]) -> Subject:
-    return Subject(timing.rotated(product, inputs))
+    """So many in a row, as in a step: of a single one, half a millisecond long, the way to the GPU is a part."""
+    once = timing.rotated(product, inputs)
+
+    def in_a_row() -> None:
+        for _ in range(IN_A_ROW):
+            once()
+
+    return Subject(in_a_row)
 
 
 def _symmetric(size: shapes.Shape, device: torch.device, seed: int) -> torch.Tensor:
