@@ -1,7 +1,8 @@
 """The products of `ops.polar` in Triton: symmetric ones at little more than half the work.
 
-Every product of the iterations but βX + QX is a polynomial in the symmetric A = XXᵀ, or A itself, and so is symmetric.
-Only tiles on and below the diagonal are computed; the transposed tile is stored at the mirrored place.
+Every product of the iterations but βX + QX is a polynomial in the symmetric A = XXᵀ, or A itself, and so is symmetric
+but for rounding, of which `ops.polar.gram_form` says more. Only tiles on and below the diagonal are computed; the
+transposed tile is stored at the mirrored place.
 """
 
 from __future__ import annotations
