@@ -253,6 +253,7 @@ def _quick_matrices(ortho: Choice) -> Iterator[Choice]:
     yield {**ortho, "none_grad": True, "schedule": "falling", "tensor_lr": True}
     for kind in ("condition-1e12", "gradient-1e30", "negative-zero", "sparse"):
         yield {**ortho, "inputs": kind, "steps": 1}
+    yield {**ortho, "family": "pair", "inputs": "gradient-1e30", "steps": 1}  # products of what is not divided yet
     yield {**ortho, "inputs": "subnormal", "dtype": "float64", "matmul_dtype": None, "betas": (0.9, 0.0), "steps": 1}
     for policy in ("skip", "raise"):
         yield {**ortho, "family": "small", "inputs": "inf", "nonfinite": policy}

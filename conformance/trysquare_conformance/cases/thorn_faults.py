@@ -266,6 +266,12 @@ def gram_not_transposed(f: Any) -> Any:
     return lambda x, coefficients: f(x, coefficients).flip(-2)
 
 
+@plant(polar, "_in_order")
+def gram_other_order(f: Any) -> Any:
+    """Q takes up multipliers from the right."""
+    return lambda multiplier, q, tall: f(q, multiplier, tall)
+
+
 # Rows
 
 
