@@ -210,13 +210,30 @@ def eps_missing(f: Any) -> Any:
 # Projection
 
 
-@plant(projection, "gradient_coefficient")
+def _plant_coefficient(change: Any) -> Any:
+    """Where an eager step finds the coefficients of rows, and where a compiled one does: in the sweep of the norm."""
+
+    def in_sweep(measure: Any) -> Any:
+        def changed(theta: Tensor, gradient: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
+            w = theta if theta.dtype == torch.float64 else theta.float()
+            coefficient = change(projection.gradient_coefficient)(gradient.to(w.dtype), w)
+            return coefficient, measure(theta, gradient, wide)[1]
+
+        return changed
+
+    plant(projection, "gradient_coefficient", lanes=("eager-*",))(change)
+    fault = plant.faults[-1]
+    plant.add(f"{fault.name}-in-sweep", fault.what, ops, "measure", in_sweep, lanes=("compiled-*",))
+    return change
+
+
+@_plant_coefficient
 def projection_of_columns(_: Any) -> Any:
     """Columns projected instead of rows."""
     return lambda g, w: (w * g).sum(-2, keepdim=True) / ((w * w).sum(-2, keepdim=True) + projection.SMALLEST_SQUARE)
 
 
-@plant(projection, "gradient_coefficient")
+@_plant_coefficient
 def projection_of_matrix(_: Any) -> Any:
     """The whole matrix projected as if it were one row."""
 
@@ -239,7 +256,7 @@ def projection_without_domain(_: Any) -> Any:
     return lambda along, square: along / (square + projection.SMALLEST_SQUARE)
 
 
-@plant(projection, "gradient_coefficient")
+@_plant_coefficient
 def projection_by_length(_: Any) -> Any:
     """⟨w,g⟩/‖w‖ instead of ⟨w,g⟩/‖w‖²."""
 
@@ -250,13 +267,13 @@ def projection_by_length(_: Any) -> Any:
     return gradient_coefficient
 
 
-@plant(projection, "gradient_coefficient")
+@_plant_coefficient
 def projection_of_neighbour(f: Any) -> Any:
     """Each row with the coefficient of the row before it."""
     return lambda g, w: f(g, w).roll(1, -2)
 
 
-@plant(projection, "gradient_coefficient")
+@_plant_coefficient
 def projection_skips_last_row(f: Any) -> Any:
     """The last row is left as it is."""
 
@@ -267,7 +284,7 @@ def projection_skips_last_row(f: Any) -> Any:
     return gradient_coefficient
 
 
-@plant(projection, "gradient_coefficient")
+@_plant_coefficient
 def projection_missing(f: Any) -> Any:
     """Nothing is projected."""
     return lambda g, w: f(g, w) * 0.0
