@@ -346,12 +346,14 @@ def test_the_quintics_error_is_level(lower: float) -> None:
     assert_same(reached, [1 - sign * level for sign in signs], scale=max(map(abs, triple)))
 
 
-@pytest.mark.parametrize("iters", [2, 3, 5, 8])
-def test_the_gram_form_takes_up_a_norm_that_was_not_divided_by(iters: int) -> None:
-    """By powers of two, which change no digit."""
-    x = torch.randn(3, 6, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+@pytest.mark.parametrize("rows", [6, 512])
+@pytest.mark.parametrize("iters", [1, 2, 3, 5, 8])
+def test_the_gram_form_takes_up_a_norm_that_was_not_divided_by(iters: int, rows: int) -> None:
+    """By powers of two, which change no digit; of matrices that are multiplied by panels otherwise, too."""
+    x = torch.randn(3, rows, rows + 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x /= torch.linalg.matrix_norm(x)[:, None, None]
     coefficients = [polar.MUON_COEFFICIENTS] * iters
     norm = 2.0 ** torch.tensor([-9.0, 0.0, 5.0], dtype=torch.float64)
     found = polar.gram_form(x * norm[:, None, None], coefficients, inverse=1 / norm)
-    assert torch.equal(found, polar.gram_form(x, coefficients))
+    assert torch.equal(found, polar.gram_form(x, coefficients, inverse=torch.ones_like(norm)))
+    assert rows == 512 or torch.equal(found, polar.gram_form(x, coefficients))

@@ -1,4 +1,4 @@
-"""Symmetric products on a GPU, by every tile: exact where nothing is rounded, symmetric bit for bit, and in time."""
+"""Symmetric products on a GPU, by every tile: exact where nothing is rounded, and symmetric bit for bit."""
 
 import pytest
 import torch

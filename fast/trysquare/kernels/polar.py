@@ -32,8 +32,8 @@ class Products(polar.Products):
         self._square = _polar_choices.of_symmetric("square", rows, dtype, device)
 
     @property
-    def scale(self) -> bool:
-        """Whether both kinds cost nothing more where they are scaled."""
+    def scale_for_nothing(self) -> bool:
+        """Whether both kinds run by the kernel, whose products cost no more where they are scaled."""
         return self._gram is not None and self._square is not None
 
     def gram(self, x: Tensor, scale: Tensor | None = None) -> Tensor:

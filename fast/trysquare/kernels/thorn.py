@@ -7,6 +7,7 @@ matrices and the rates, and one for decay and weights. A member of a bucket may 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -99,15 +100,16 @@ def step_(
         products: Of matrices of this shape.
         rectifies: Whether the rate is rectified.
     """
-    folds = products.scale and rule.form == "gram" and rule.matmul_dtype in FOLDED and len(rule.coefficients) > 1
-    inverse = None
-    if folds:
+    evaluate, inverse = polar.evaluator(rule.form), None
+    if rule.form == "gram" and products.scale_for_nothing and rule.matmul_dtype in FOLDED:
         slices = len(bucket.parameters) * shape.each
         inverse = torch.empty(slices, dtype=torch.float64, device=bucket.parameters[0].device)
-    given = (rule.coefficients, products) if inverse is None else (rule.coefficients, products, inverse)
+        evaluate = functools.partial(evaluate, inverse=inverse)
     # no name for what X was: its memory is free as soon as it has been multiplied
-    x = polar.evaluator(rule.form)(
-        polar.widthwise(prepare_(bucket, shape, numbers, finite, rule.matmul_dtype, inverse)), *given
+    x = evaluate(
+        polar.widthwise(prepare_(bucket, shape, numbers, finite, rule.matmul_dtype, inverse)),
+        rule.coefficients,
+        products,
     )
     x = (x.mT if shape.rows > shape.columns else x).contiguous()
     apply_(bucket, shape, x, numbers, finite, rectifies=rectifies)
@@ -125,8 +127,8 @@ def prepare_(
 
     Squares are added up as float64 numbers, and the quotient is rounded once. u is not kept: the second pass forms it
     anew from m and g, which is less to move. Where ``inverse``, (B,) float64, is given there is no second pass: u is
-    returned as it is, and 1 over what it were to be divided by is written there; or, where its squares or those of the
-    quotient might leave the range of float32, the quotient and 1.
+    returned as it is, and 1 over its divisor is written there; or, where squares might leave the range of float32, the
+    quotient and 1.
     """
     first, count = bucket.momentum_buffers[0], len(bucket.parameters)
     slices = count * shape.each

@@ -247,8 +247,8 @@ def gram_form(
     """The same polynomial from the small matrix R = XXᵀ alone (Dao-AILab 2026): all but few products are square.
 
     With Z = bR + cR² an iteration multiplies X by aI + Z and R by its square. The multipliers are gathered in Q, which
-    X takes up at a restart and at the end. Two iterations or more can be spared to normalise X: they get the
-    ``inverse`` of the norm of each matrix, (B,), multiply R by its square, and the first Q by itself.
+    X takes up at a restart and at the end. X need not be normalised: with the ``inverse`` of the norm of each matrix,
+    (B,), R is multiplied by its square and the first Q by itself.
 
     All commute, but for their rounding: what a multiplier adds to small singular values by it, those behind it enlarge
     up to a hundredfold. So Q takes up each from the left, in the order in which X would. From the third one on, which
@@ -256,7 +256,7 @@ def gram_form(
     iterations in bfloat16, singular values from 1 to 1e-3: error 0.18 instead of 0.37; half of them 0: 0.23, not 0.95).
     """
     starts = restarts(len(coefficients))
-    by_panels = products is BY_TORCH and _symmetric.pays(x)
+    by_panels = products is BY_TORCH and inverse is None and _symmetric.pays(x)
     for first, last in zip((0, *starts), (*starts, len(coefficients)), strict=True):
         own = coefficients[first:last]
         q = _multiplier_by_panels(x, own) if by_panels else _multiplier(x, own, products, None if first else inverse)
@@ -280,7 +280,7 @@ def _multiplier(
         z = products.add_multiple(r, r, r, b, c)
         scale = inverse if i == len(coefficients) else None
         q = products.add_multiple(q, *_in_order(z, q, tall), a, scale=scale, symmetric=i == 2)
-    return _plus_identity_(z, a) if q is None else q
+    return _scaled(_plus_identity_(z, a), inverse) if q is None else q
 
 
 Factor = TypeVar("Factor")
