@@ -46,7 +46,7 @@ takes up each from the left, in the order in which $X$ would.
 - Polar Express divides by $1.02\,n + 10^{-6}$, so that small updates come out smaller still. Here any update with
   $n \ge \varepsilon$ gives the same factor as its multiples, and $n$ is computed in float64 in every precision, so that
   no square leaves the range.
-- The package gram-newton-schulz 0.1.6 takes multipliers up from the right, $QZ + aQ$, and as a product that is mirrored.
+- The package gram-newton-schulz 0.1.6 takes multipliers up from the right, $QZ + aQ$, and mirrors half of each product.
 
 ## References
 
