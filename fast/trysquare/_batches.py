@@ -93,11 +93,13 @@ def same_kind(parameter: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]
     return parameter.shape, parameter.dtype, parameter.device
 
 
-def pieces(operands: Sequence[list[Tensor]], workspace: int, split: Split, snapshots: int = 0) -> Iterator[Piece]:
+def pieces(
+    operands: Sequence[list[Tensor]], workspace: int, split: Split, snapshots: int = 0, *, known: bool = False
+) -> Iterator[Piece]:
     """Cut a batch so that the scratch of each call stays within ``workspace`` bytes, if the update can be split.
 
     Each list of ``operands`` holds one tensor a member: gradients first (only read), then everything that is written.
-    ``snapshots`` counts the copies that the caller makes of each piece.
+    ``snapshots`` counts the copies that the caller makes of each piece; ``known``: that all are contiguous.
     """
     count, shape = len(operands[0]), operands[0][0].shape
     sizes = [operand[0].element_size() for operand in operands]
@@ -106,7 +108,11 @@ def pieces(operands: Sequence[list[Tensor]], workspace: int, split: Split, snaps
     if count == 1 or STACKED * copied * shape.numel() > workspace or torch.compiler.is_compiling():
         for member in range(count):
             tensors = [operand[member] for operand in operands]
-            dense = all(map(_in_place, tensors))
+            dense = known or all(map(_in_place, tensors))
+            if dense and split in {"whole", "flat"} and not torch.compiler.is_compiling():
+                rows, columns = (1, shape.numel()) if split == "flat" else rows_and_columns(shape)
+                yield Piece([tensor.view(1, rows, columns) for tensor in tensors], slice(member, member + 1), [])
+                continue
             yield from _blocks(tensors, member, workspace // (element if dense else copied), split, dense)
         return
     together = workspace // (copied * shape.numel())

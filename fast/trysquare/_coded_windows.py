@@ -98,7 +98,7 @@ class CodedWindows(LossAware):
 
     def _sum_of_squares(self, gradient: Tensor) -> Tensor:
         """Of a gradient that is not contiguous row by row, for as a whole it would be copied."""
-        if gradient.is_contiguous() or gradient.ndim < 2 or not gradient.numel() or torch.compiler.is_compiling():
+        if gradient.is_contiguous() or gradient.ndim < 2 or not gradient.numel():
             return super()._sum_of_squares(gradient)
         columns = _batches.rows_and_columns(gradient.shape)[1]
         rows = max(1, self._workspace(gradient.device) // (16 * columns))

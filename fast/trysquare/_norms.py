@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,6 +15,10 @@ from trysquare.ops import clipping
 
 LARGE_SUM = 1 << 14
 """Elements from which a sum of squares is compiled, or taken in parts: calls that fewer elements do not repay."""
+
+
+SMALL_SUM = 1 << 12
+"""Elements below which several gradients are joined first: what a call costs is more than to read them twice."""
 
 
 class Norm(NamedTuple):
@@ -64,7 +68,7 @@ class Norms(Optimizer):
             sums = sums or [torch.zeros(1, dtype=torch.float64, device=batches[0].gradients[0].device)]
             value, scale, finite = kernels.finish(sums, max_norm)
             return Norm(value, scale if max_norm else None, finite)
-        return judged(self._length(gradient for batch in batches for gradient in batch.gradients), max_norm)
+        return judged(self._length([gradient for batch in batches for gradient in batch.gradients]), max_norm)
 
     def _dense(self, batch: Batch) -> Iterator[Sequence[Tensor]]:
         """The gradients of a batch as lists of contiguous tensors of one shape."""
@@ -73,13 +77,29 @@ class Norms(Optimizer):
         parts = _batches.contiguous([batch.gradients], workspace, "rows", most, known=batch.dense)
         return (part.operands[0] for part in parts)
 
-    def _length(self, gradients: Iterable[Tensor]) -> Tensor:
-        return clipping.total_norm([self._sum_of_squares(gradient) for gradient in gradients])
+    def _length(self, gradients: Sequence[Tensor]) -> Tensor:
+        return clipping.total_norm(self._sums_of_squares(gradients))
+
+    def _sums_of_squares(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Of each large gradient, and of small ones together; for each in a trace, where calls cost nothing."""
+        if torch.compiler.is_compiling():
+            return [clipping.sum_of_squares(gradient.flatten()) for gradient in gradients]
+        sums = [self._sum_of_squares(gradient) for gradient in gradients if gradient.numel() >= SMALL_SUM]
+        small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for gradient in gradients:
+            if gradient.numel() < SMALL_SUM:
+                small.setdefault((gradient.dtype, gradient.device), []).append(gradient)
+        for (_, device), own in small.items():
+            elements = self._workspace(device) // 16
+            most = max(1, elements // max(1, *(gradient.numel() for gradient in own)))
+            sums += [
+                clipping.chunked_sum_of_squares(torch.cat([g.flatten() for g in own[start : start + most]]), elements)
+                for start in range(0, len(own), most)
+            ]
+        return sums
 
     def _sum_of_squares(self, gradient: Tensor) -> Tensor:
         chosen, large = self._chosen(gradient.device), gradient.numel() >= LARGE_SUM
-        if torch.compiler.is_compiling():
-            return clipping.sum_of_squares(gradient.flatten())
         if large and gradient.device.type == "cpu" and gradient.dtype == torch.float32:
             total = clipping.summed_in_parts(gradient)
             if total.isfinite():  # nothing waits for a device here
@@ -120,7 +140,7 @@ class Norms(Optimizer):
             for position, parameter in enumerate(group["params"])
             if parameter.grad is not None
         ]
-        if not given or bool(self._length(gradient for _, gradient in given).isfinite()):
+        if not given or bool(self._length([gradient for _, gradient in given]).isfinite()):
             return
         bad = [name for name, gradient in given if not bool(gradient.isfinite().all())]
         what = f"the gradient of {bad[0]} is not finite" if bad else "the norm of all gradients is not finite"

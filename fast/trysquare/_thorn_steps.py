@@ -167,7 +167,8 @@ class Steps(Averaging):
         device = batch.parameters[0].device
         if self._chosen(device) == "compiled" and split == "elements":
             split = "flat"  # a compiled update needs no scratch
-        return _batches.pieces([batch.gradients, *written], self._workspace(device), split, snapshots)
+        operands, workspace = [batch.gradients, *written], self._workspace(device)
+        return _batches.pieces(operands, workspace, split, snapshots, known=batch.dense)
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         return _backend.run(self._chosen(args[0].device), function, *args)

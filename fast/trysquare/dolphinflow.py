@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from trysquare import _backend, _batches
+from trysquare import _backend, _batches, _graphs
 from trysquare._batches import Batch, Piece
 from trysquare._batches import advance as _advance
 from trysquare._constraints import Choice, Constraint, Flag, Integer, Number
@@ -23,6 +23,13 @@ from trysquare.ops import dolphinflow as ops
 
 Run: TypeAlias = Sequence[Batch]
 """Batches of one group and rule."""
+
+
+class Measured(NamedTuple):
+    """What a sweep found of a run: the coefficients of every piece, and the pieces, if none of them is a copy."""
+
+    coefficients: list[Tensor]
+    views: list[list[Piece]] | None
 
 
 class DolphinFlow(LossAware):
@@ -155,11 +162,11 @@ class DolphinFlow(LossAware):
     def _move(self, batches: Sequence[Batch]) -> None:
         clip = batches[0].group["gradient_clipping"]
         runs = self._runs(batches)
-        norm, coefficients = self._measure(runs, clip)
+        norm, found = self._measure(runs, clip)
         scale, finite = None if norm is None else norm.scale, self._finite(norm)
         self._count(batches, finite)
         # backwards: what was measured last may still be in a cache
-        for run, own in zip(reversed(runs), reversed(coefficients), strict=True):
+        for run, own in zip(reversed(runs), reversed(found), strict=True):
             if self._launches(run[0]):
                 self._launch_batch(run[0], scale, finite)
                 continue
@@ -200,8 +207,8 @@ class DolphinFlow(LossAware):
             kernels.step_(bucket, part.shape, numbers, scale, finite, rule, group["eps"])
             part.store()
 
-    def _measure(self, runs: Sequence[Run], clip: float | None) -> tuple[Norm | None, list[list[Tensor] | None]]:
-        """The norm of all gradients, if it is asked for, and, if compiled, the coefficients of each piece.
+    def _measure(self, runs: Sequence[Run], clip: float | None) -> tuple[Norm | None, list[Measured | None]]:
+        """The norm of all gradients, if it is asked for, and, if compiled, what projected runs were found to be.
 
         One sweep gives both. It pays for the coefficients alone too: a row's sums and its update in one graph, in two
         loops over each row, take a CPU longer than two graphs.
@@ -213,32 +220,34 @@ class DolphinFlow(LossAware):
         if not asked and not projects:
             return None, [None] * len(runs)
         on_cpu = all(parameter.device.type == "cpu" for batch in batches for parameter in batch.parameters)
-        norm, coefficients = self._sweep(runs, wide=not on_cpu)
+        norm, found = self._sweep(runs, wide=not on_cpu)
         if on_cpu and not norm.isfinite():  # nothing waits for a device here
-            norm, coefficients = self._sweep(runs, wide=True)
-        return judged(norm, clip) if asked else None, coefficients
+            norm, found = self._sweep(runs, wide=True)
+        return judged(norm, clip) if asked else None, found
 
-    def _sweep(self, runs: Sequence[Run], *, wide: bool) -> tuple[Tensor, list[list[Tensor] | None]]:
+    def _sweep(self, runs: Sequence[Run], *, wide: bool) -> tuple[Tensor, list[Measured | None]]:
         sums: list[Tensor] = []
-        coefficients: list[list[Tensor] | None] = []
+        found: list[Measured | None] = []
         for run in runs:
             first = run[0].parameters[0]
             if not (first.numel() and _rule(run[0].group, first).projects_gradient):
-                sums += [self._sum_of_squares(gradient) for batch in run for gradient in batch.gradients]
-                coefficients.append(None)
+                sums += self._sums_of_squares([gradient for batch in run for gradient in batch.gradients])
+                found.append(None)
                 continue
-            found = [
-                result
-                for pieces in self._together(run)
-                for result in _backend.run_each("compiled", ops.measure, [p.operands[1::-1] for p in pieces], wide)
-            ]
-            sums += [total for _, total in found]
-            coefficients.append([coefficient for coefficient, _ in found])
-        return clipping.total_norm(sums), coefficients
+            coefficients, views, copied = [], list[list[Piece]](), False
+            for pieces in self._together(run):
+                measured = _backend.run_each("compiled", ops.measure, [p.operands[1::-1] for p in pieces], wide)
+                sums += [total for _, total in measured]
+                coefficients += [coefficient for coefficient, _ in measured]
+                copied = copied or bool(pieces[0].copies)
+                if not copied:
+                    views.append(pieces)
+            found.append(Measured(coefficients, None if copied else views))
+        return clipping.total_norm(sums), found
 
     def _together(self, run: Run) -> Iterator[list[Piece]]:
         """The pieces of a run, as many at a time as one call takes."""
-        most = _backend.TOGETHER if self.backend == "compiled" else 1
+        most = _graphs.TOGETHER if self.backend == "compiled" else 1
         return _batches.together(self._pieces(run), most)
 
     def _pieces(self, run: Run) -> Iterator[Piece]:
@@ -249,19 +258,21 @@ class DolphinFlow(LossAware):
             written = [batch.parameters, *(tensors for name, tensors in batch.state.items() if name != "step")]
             snapshots = len(written) if self.nonfinite == "skip" else 0
             split = self._split(_rule(batch.group, first), first.device)
-            for piece in _batches.pieces([batch.gradients, *written], self._workspace(first.device), split, snapshots):
+            operands, workspace = [batch.gradients, *written], self._workspace(first.device)
+            for piece in _batches.pieces(operands, workspace, split, snapshots, known=batch.dense):
                 members = slice(before + piece.members.start, before + piece.members.stop)
                 yield Piece(piece.operands, members, piece.copies)  # torch 2.6 cannot trace `_replace`
             before += len(batch.parameters)
 
-    def _move_run(self, run: Run, scale: Tensor | None, finite: Tensor | None, measured: list[Tensor] | None) -> None:
+    def _move_run(self, run: Run, scale: Tensor | None, finite: Tensor | None, measured: Measured | None) -> None:
         group, first = run[0].group, run[0].parameters[0]
         rule = _rule(group, first)
         scale = None if scale is None else scale.to(first.device)
         corrections = self._corrections(run) if rule.adaptive_lr and rule.bias_correction else None
-        found = None if measured is None else iter(_scaled(measured, scale, first))
+        found = None if measured is None else iter(_scaled(measured.coefficients, scale, first))
         numbers = self._numbers(group, scale, first)
-        for pieces in self._together(run):
+        known = None if measured is None else measured.views
+        for pieces in self._together(run) if known is None else known:
             each = [_operands(piece, corrections, None if found is None else next(found)) for piece in pieces]
             before = [piece.snapshot(finite) for piece in pieces]
             _backend.run_each(self._chosen(first.device), ops.update_, each, *numbers, rule)
@@ -317,4 +328,5 @@ def _operands(piece: Piece, corrections: Tensor | None, coefficient: Tensor | No
 def _scaled(measured: list[Tensor], scale: Tensor | None, parameter: Tensor) -> list[Tensor]:
     """Coefficients of the clipped gradient from those of the gradient."""
     dtype = arithmetic(parameter)
-    return [(found if scale is None else found * scale).to(dtype) for found in measured]
+    scaled = measured if scale is None else torch._foreach_mul(measured, scale)  # noqa: SLF001
+    return [found.to(dtype) for found in scaled]

@@ -198,8 +198,9 @@ class DolphinFlow8bit(CodedLaunches):
         mode = _coded_windows.mode_of(group, first)
         held = [batch.state[f"state{i}"] for i in _coded_windows.numbered(group)]
         snapshots = 1 + len(held) if finite is not None else 0
-        operands = [batch.gradients, batch.parameters, *held]
-        for piece in _batches.pieces(operands, self._workspace(first.device), _coded_windows.SPLITS[mode], snapshots):
+        operands, workspace = [batch.gradients, batch.parameters, *held], self._workspace(first.device)
+        split = _coded_windows.SPLITS[mode]
+        for piece in _batches.pieces(operands, workspace, split, snapshots, known=batch.dense):
             before = piece.snapshot(finite)
             gradient, theta, state1, *rest = piece.operands
             kind = state1.dtype

@@ -12,7 +12,7 @@ from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch._inductor.utils import run_and_get_cpp_code
 
-from trysquare import THORN, DolphinFlow, _backend
+from trysquare import THORN, DolphinFlow, _backend, _graphs
 from trysquare_conformance.behaviour import (
     Result,
     all_parameters,
@@ -205,8 +205,8 @@ def test_one_compilation_carries_many_shapes(rows: int, monkeypatch: pytest.Monk
 
     One at a time: how many parameters a call takes is the one thing more that is compiled for.
     """
-    monkeypatch.setattr(_backend, "TOGETHER", 1)
-    _backend.forget_compilations()
+    monkeypatch.setattr(_graphs, "TOGETHER", 1)
+    _graphs.forget()
     before = copy.copy(_backend.calls)
     first = DolphinFlow(parameters([(rows, 3), (3,)]), backend="compiled")
     run(first, 1)
@@ -227,7 +227,7 @@ def test_one_compilation_carries_many_shapes(rows: int, monkeypatch: pytest.Monk
 
 
 def test_vectors_and_matrices_of_mode_none_share_a_compilation() -> None:
-    _backend.forget_compilations()
+    _graphs.forget()
     for shape in ((5, 7), (9,), (2, 3, 4)):
         run(DolphinFlow(parameters([shape]), ortho_mode=None, backend="compiled"), 2)
     assert graphs() == 1
@@ -262,8 +262,8 @@ def test_parameters_of_all_shapes_share_calls(monkeypatch: pytest.MonkeyPatch) -
     shapes = [(40, 30), (30,), (40, 30), (50, 20), (24, 60), (50, 20), (8, 5, 30), (40, 30), (90,)]
     stepped = []
     for most, made in ((4, 7), (1, 3)):  # measured and updated in fours, twos and ones; vectors in twos, or in ones
-        monkeypatch.setattr(_backend, "TOGETHER", most)
-        _backend.forget_compilations()
+        monkeypatch.setattr(_graphs, "TOGETHER", most)
+        _graphs.forget()
         counters.clear()
         optimizer = DolphinFlow(parameters(shapes), backend="compiled", workspace_bytes=1000)
         run(optimizer, 3)
@@ -276,7 +276,7 @@ def test_a_compilation_that_fails_is_not_replaced(monkeypatch: pytest.MonkeyPatc
     def broken(*_: Any, **__: Any) -> Callable[..., Any]:
         raise NotImplementedError("no compiler")
 
-    _backend.forget_compilations()
+    _graphs.forget()
     monkeypatch.setattr(torch, "compile", broken)
     optimizer = DolphinFlow(parameters(SHAPES), backend="compiled")
     before = [bits(p) for p in all_parameters(optimizer)]
@@ -291,13 +291,13 @@ def test_loops_over_large_tensors_are_shared_among_threads_and_no_others(shape: 
     optimizer = DolphinFlow(parameters([shape]), backend="compiled")
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    _backend.forget_compilations()
+    _graphs.forget()
     try:
         with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
             _, code = run_and_get_cpp_code(optimizer.step)
     finally:
         torch.set_num_threads(threads)
-        _backend.forget_compilations()
+        _graphs.forget()
     kernels = code.split('extern "C"')[1:]
     assert kernels
     assert {"#pragma omp parallel" in kernel for kernel in kernels} == {shape == (256, 128)}

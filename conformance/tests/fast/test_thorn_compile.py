@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from trysquare import THORN, _backend
+from trysquare import THORN, _backend, _graphs
 from trysquare import thorn as module
 from trysquare_conformance.behaviour import all_parameters, bits, give_gradients, nothing_changes, progress, run
 from trysquare_conformance.behaviour_thorn import KINDS, budgets, held, resumed, stations, thorn
@@ -157,7 +157,7 @@ def test_the_compiled_backend_is_honest(kind: str) -> None:
 @compiles
 @pytest.mark.parametrize("schedule_free", [True, False])
 def test_vectors_and_matrices_that_are_not_orthogonalized_share_a_compilation(schedule_free: bool) -> None:
-    _backend.forget_compilations()
+    _graphs.forget()
     params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((5, 7), (9,), (2, 3, 4), (6, 6))]
     optimizer = THORN([{"params": params, "orthogonalize": False}], schedule_free=schedule_free, backend="compiled")
     run(optimizer, 2)
