@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from trysquare import _graphs
 from trysquare_conformance.footprint import changed
 
 Change: TypeAlias = Callable[[Any], Any]
@@ -59,10 +60,12 @@ class Fault:
         """While it lasts, the fast code has the fault."""
         original = self._original
         setattr(self.owner, self.attribute, self.change(original))
+        _graphs.ask_again()
         try:
             yield
         finally:
             setattr(self.owner, self.attribute, original)
+            _graphs.ask_again()
 
 
 class Planter:

@@ -57,8 +57,13 @@ def run_each(function: Callable[..., Any], each: Sequence[Sequence[Any]], shared
 
 def forget() -> None:
     """The next call of every compiled update compiles it anew."""
-    _call.cache_clear()
+    ask_again()
     _compiled.cache_clear()
+
+
+def ask_again() -> None:
+    """The next call of every compiled update goes through torch.compile, which sees when a function was replaced."""
+    _call.cache_clear()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -263,3 +263,25 @@ def test_a_torch_that_does_not_tell_is_always_asked(monkeypatch: pytest.MonkeyPa
         _graphs.run_each(scaled_, [[x, y]], shared())
         torch.testing.assert_close(x, before * 0.5 + y)
         assert len(dispatched) == made
+
+
+def doubled(x: Tensor) -> Tensor:
+    return _twice(x)
+
+
+def _twice(x: Tensor) -> Tensor:
+    return x * 2
+
+
+def test_a_replaced_function_is_seen_when_torch_compile_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, dispatched: list[int]
+) -> None:
+    ((x, _),) = sets(1)
+    for _ in range(2):
+        _graphs.run_each(doubled, [[x]], ())
+    assert len(dispatched) == 1
+    monkeypatch.setitem(globals(), "_twice", lambda x: x * 3)
+    _graphs.ask_again()
+    (found,) = _graphs.run_each(doubled, [[x]], ())
+    torch.testing.assert_close(found, x * 3)
+    assert len(dispatched) == 2

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trysquare import _backend, _batches, dolphinflow
+from trysquare import _backend, _batches, _graphs, dolphinflow
 from trysquare._optimizer import BatchedOptimizer
 from trysquare.ops import clipping, decay, loss_schedule
 from trysquare.ops import dolphinflow as ops
@@ -307,7 +307,7 @@ def falls_back(f: Any) -> Any:
     return lambda _, function, each, *shared: f("eager", function, each, *shared)
 
 
-@plant(_backend, "_compiled", lanes=COMPILED)
+@plant(_graphs, "run_each", lanes=COMPILED)
 def compiles_nothing(_: Any) -> Any:
     """The compiled backend is counted, and eager runs."""
-    return lambda function, *_: function
+    return lambda function, each, shared: [function(*own, *shared) for own in each]
