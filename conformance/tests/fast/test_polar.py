@@ -118,6 +118,19 @@ def test_whole_products_and_halves_of_them_stay_in_the_same_budget(
     assert judge(allowed(u, form, iters), to_array(factor(u, iters, form=form))).right
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+def test_a_multiple_of_the_identity_is_rounded_once(dtype: torch.dtype, traced: bool) -> None:
+    """Torch on a CPU rounds a number to bfloat16 before it adds it to something in bfloat16."""
+    z = normal((2, 5, 5), 0).to(dtype)
+    number = 2.3200073128898127
+    exact = (z.double() + number * torch.eye(5, dtype=torch.float64)).to(dtype)
+    add = torch.compile(_symmetric.plus_identity_, backend="eager", fullgraph=True) if traced else None
+    found = (add or _symmetric.plus_identity_)(z, number)
+    assert bits(found) == bits(exact)
+    assert traced or found is z
+
+
 def test_panels_are_for_large_matrices_on_a_cpu() -> None:
     assert _symmetric.pays(torch.empty(1, _symmetric.SMALLEST, 2000))
     assert not _symmetric.pays(torch.empty(1, _symmetric.SMALLEST - 1, 2000))

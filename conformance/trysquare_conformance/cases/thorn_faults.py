@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trysquare import _thorn_steps
 from trysquare._thorn_steps import Steps
-from trysquare.ops import decay, moments, polar, polar_express, rectification, row_norm
+from trysquare.ops import _symmetric, decay, moments, polar, polar_express, rectification, row_norm
 from trysquare.ops import thorn as ops
 from trysquare_conformance.planting import WITHOUT_KERNELS, Planter
 
@@ -270,6 +270,12 @@ def gram_not_transposed(f: Any) -> Any:
 def gram_other_order(f: Any) -> Any:
     """Q takes up multipliers from the right."""
     return lambda multiplier, q, tall: f(q, multiplier, tall)
+
+
+@plant(_symmetric, "plus_identity_")
+def identity_in_bfloat16(f: Any) -> Any:
+    """A multiple of the identity is rounded to bfloat16 before it is added."""
+    return lambda z, number: f(z, float(torch.tensor(number, dtype=torch.bfloat16)))
 
 
 # Rows
