@@ -41,17 +41,11 @@ def run_each(function: Callable[..., Any], each: Sequence[Sequence[Any]], shared
     Neighbours that one compilation serves go four, two or one at a time: most of what a call costs on a CPU is the way
     into the graph, which they then go together.
     """
-    seen = [tuple(map(_seen, own)) for own in each]
-    kinds = [_kind(*own) for own in seen]
+    seen = tuple([tuple(map(_seen, own)) for own in each])
     results: list[Any] = []
-    while len(results) < len(each):
-        start = len(results)
-        alike = next((i for i in range(start, len(each)) if kinds[i] != kinds[start]), len(each)) - start
-        count = 1 << (min(TOGETHER, alike).bit_length() - 1)
-        sets, seen_sets = each[start : start + count], itertools.chain.from_iterable(seen[start : start + count])
-        call = _call(function, count, len(sets[0]), *seen_sets, *map(_seen, shared))
-        found = call(*itertools.chain.from_iterable(sets), *shared)
-        results += found if count > 1 else [found]
+    for sets, call in _calls(function, seen, tuple(map(_seen, shared))):
+        found = call(*itertools.chain.from_iterable(each[sets]), *shared)
+        results += found if sets.stop - sets.start > 1 else [found]
     return results
 
 
@@ -63,20 +57,33 @@ def forget() -> None:
 
 def ask_again() -> None:
     """The next call of every compiled update goes through torch.compile, which sees when a function was replaced."""
+    _calls.cache_clear()
     _call.cache_clear()
-
-
-@functools.lru_cache(maxsize=4096)
-def _kind(*seen: Any) -> Any:
-    """What a compilation specialises on in a set of arguments."""
-    return any(_is_shared(*arg) for arg in seen if _is_tensor(arg)), *map(_static, seen)
 
 
 def _seen(arg: Any) -> Any:
     """What can be told of an argument quickly: all of it, or of a tensor what `_static` asks for."""
     if not isinstance(arg, Tensor):
         return arg
-    return arg.dtype, arg.device, arg.shape, arg.is_contiguous()
+    return arg.dtype, arg.device, arg.shape, type(arg) in PLAIN and arg.is_contiguous()
+
+
+@functools.lru_cache(maxsize=1024)
+def _calls(
+    function: Callable[..., Any], each: tuple[tuple[Any, ...], ...], shared: tuple[Any, ...]
+) -> list[tuple[slice, _Call]]:
+    """Which sets go together, by what is seen of them, and how: a step asks for the same few every time."""
+    kinds = [(any(map(_is_large, own)), *map(_static, own)) for own in each]
+    found: list[tuple[slice, _Call]] = []
+    start = 0
+    while start < len(each):
+        alike = next((i for i in range(start, len(each)) if kinds[i] != kinds[start]), len(each)) - start
+        count = 1 << (min(TOGETHER, alike).bit_length() - 1)
+        sets = slice(start, start + count)
+        own = itertools.chain.from_iterable(each[sets])
+        found.append((sets, _call(function, count, len(each[start]), *own, *shared)))
+        start += count
+    return found
 
 
 def _is_tensor(seen: Any) -> bool:
@@ -87,20 +94,20 @@ def _static(seen: Any) -> Any:
     """What a compilation specialises on: all of an argument, or of a tensor what torch.compile does not keep open."""
     if not _is_tensor(seen):
         return seen
-    dtype, device, shape, contiguous = seen
-    return dtype, device.type, tuple(size == 1 for size in shape), contiguous
+    dtype, device, shape, dense = seen
+    return dtype, device.type, tuple(size == 1 for size in shape), dense
 
 
 @functools.lru_cache(maxsize=4096)
 def _call(function: Callable[..., Any], count: int, own: int, *seen: Any) -> _Call:
-    """The call with arguments like these, found by their shapes: a step asks for the same few every time."""
-    shared = any(_is_shared(*arg) for arg in seen if _is_tensor(arg))
+    """The call with arguments like these."""
     dense = all(arg[3] for arg in seen if _is_tensor(arg))
-    return _Call(_compiled(function, count, own, shared, *map(_static, seen)), dense=dense)
+    return _Call(_compiled(function, count, own, any(map(_is_large, seen)), *map(_static, seen)), dense=dense)
 
 
-def _is_shared(_: torch.dtype, device: torch.device, shape: torch.Size, *__: bool) -> bool:
-    return device.type == "cpu" and shape.numel() >= SHARED
+def _is_large(seen: Any) -> bool:
+    """Whether loops over an argument are shared among threads."""
+    return _is_tensor(seen) and seen[1].type == "cpu" and seen[2].numel() >= SHARED
 
 
 @functools.cache
@@ -183,8 +190,8 @@ class _Slot:
 class _Replay:
     """A way through a compiled function that was gone once: into one graph with these arguments, and out again.
 
-    It may be gone again as long as the sizes and dtypes are the same, and what torch.compile looks at besides: its
-    state (whether gradients are recorded, autocast, threads …), and that no argument lies within another.
+    It may be gone again as long as the sizes and dtypes are the same, and what torch.compile looks at besides: torch's
+    state (whether gradients are recorded, autocast, threads …).
     """
 
     def __init__(self, graph: Callable[..., Any], inputs: list[Any], outcome: Any, state: Any) -> None:
@@ -246,12 +253,12 @@ class _Call:
         self._replay: _Replay | None = None
 
     def __call__(self, *args: Any) -> Any:
-        direct = self._dense and _nothing_intervenes() and _are_apart(args)
+        direct = self._dense and _nothing_intervenes()
         if direct and self._replay is not None and self._replay.holds():
             return self._replay(args)
         detached = [_detached(arg) for arg in args]
         result, entries = self._compiled(*detached)
-        if direct:
+        if direct and _are_apart(detached):
             self._replay = _Replay.of(detached, result, entries)
         return result
 
@@ -293,13 +300,9 @@ def _nothing_intervenes() -> bool:
 
 
 def _are_apart(args: Sequence[Any]) -> bool:
-    """Whether all tensors are torch's own, and no two share memory."""
-    spans = []
-    for arg in args:
-        if type(arg) in PLAIN:
-            start = arg.data_ptr()
-            spans.append((start, start + arg.nbytes))
-        elif isinstance(arg, Tensor):
-            return False
-    spans.sort()
+    """Whether no two tensors share memory: for those that do torch.compile may make a graph of its own.
+
+    The other way round it does not look: a graph that was made for some apart it enters with others, too.
+    """
+    spans = sorted((start, start + arg.nbytes) for arg in args if isinstance(arg, Tensor) and (start := arg.data_ptr()))
     return all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
