@@ -16,7 +16,6 @@ from trysquare.ops import clipping
 LARGE_SUM = 1 << 14
 """Elements from which a sum of squares is compiled, or taken in parts: calls that fewer elements do not repay."""
 
-
 SMALL_SUM = 1 << 12
 """Elements below which several gradients are joined first: what a call costs is more than to read them twice."""
 

@@ -101,39 +101,21 @@ class Watching(TorchDispatchMode):
 
 
 @contextmanager
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(before + 1)
+def switched(change: Callable[[Any], None], to: Any, back: Any) -> Iterator[None]:
+    """One of torch's global settings, changed for a while."""
+    change(to)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@contextmanager
-def default_dtype() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
+        change(back)
 
 
 SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "gradients": torch.enable_grad,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "threads": threads,
-    "deterministic algorithms": deterministic,
-    "default dtype": default_dtype,
+    "threads": lambda: switched(torch.set_num_threads, (now := torch.get_num_threads()) + 1, now),
+    "deterministic algorithms": lambda: switched(torch.use_deterministic_algorithms, True, False),
+    "default dtype": lambda: switched(torch.set_default_dtype, torch.float64, torch.float32),
     "function mode": lambda: torch.device("cpu"),
     "stance": lambda: torch.compiler.set_stance("force_eager"),
 }

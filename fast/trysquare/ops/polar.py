@@ -54,7 +54,10 @@ class Products:
 
 
 def _scaled(products: Tensor, scale: Tensor | None) -> Tensor:
-    return products if scale is None else (products * scale.view(-1, 1, 1)).to(products.dtype)
+    if scale is None:
+        return products
+    wide = scale.to(torch.promote_types(products.dtype, torch.float32))  # in half precision it would be rounded
+    return (products * wide.view(-1, 1, 1)).to(products.dtype)
 
 
 BY_TORCH = Products()
